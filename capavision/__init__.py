@@ -1,0 +1,38 @@
+"""Parameter-efficient fine-tuning for vision models: CapaBoost and its kin in any timm model.
+
+>>> import capavision as cv, timm
+>>> model = timm.create_model("vit_tiny_patch16_224", num_classes=10)
+>>> report = cv.inject(model, cv.LoRA(rank=4, branches=2), targets="qkv", parts="qv")
+>>> # … train cv.parameters(model) …
+>>> # cv.save(model, "task.safetensors"); model = cv.load("task.safetensors"); cv.fold(model)
+"""
+
+from capavision import methods as methods
+from capavision.base import Base
+from capavision.delta import Delta, Method, OutputDelta, Site, WeightDelta
+from capavision.inject import Report, inject, parameters
+from capavision.methods.adapter import Adapter
+from capavision.methods.linear_probe import LinearProbe
+from capavision.methods.lora import LoRA
+from capavision.state import describe, fold, load, remove, save
+from capavision.version import __version__ as __version__
+
+__all__ = [
+    "Adapter",
+    "Base",
+    "Delta",
+    "LinearProbe",
+    "LoRA",
+    "Method",
+    "OutputDelta",
+    "Report",
+    "Site",
+    "WeightDelta",
+    "describe",
+    "fold",
+    "inject",
+    "load",
+    "parameters",
+    "remove",
+    "save",
+]

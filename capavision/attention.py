@@ -1,0 +1,143 @@
+"""Finds attentions, MLPs and blocks in a model, and q, k, v in fused projections, by looking at names and shapes."""
+
+from torch import Tensor, nn
+
+from capavision.delta import WeightDelta
+
+Span = tuple[int, int]
+
+_QUERY = {"q", "wq", "to_q", "to_query", "q_proj", "q_lin", "query", "query_proj"}
+_VALUE = {"v", "wv", "to_v", "to_value", "v_proj", "v_lin", "value", "value_proj"}
+_FUSED = {"qkv": "qkv", "qkv_proj": "qkv", "to_qkv": "qkv", "Wqkv": "qkv", "kv": "kv", "to_kv": "kv", "qk": "qk"}
+_WRAPPED = {"conv", "c", "linear", "proj"}  # timm wraps projections: qkv.conv, q.c, q_proj.linear, query.proj
+_MLP_NAMES = {"mlp", "ffn", "feed_forward", "mlp_channels"}
+
+
+def is_weighted(module: nn.Module) -> bool:
+    """Whether `module` is a Linear or Conv with a weight of its own: what a weight delta can be added to."""
+    kinds = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    return isinstance(module, kinds) and module._parameters.get("weight") is not None
+
+
+def weight_of(module: nn.Module) -> Tensor:
+    """The module's own weight parameter, whatever class it wears now."""
+    weight = module._parameters["weight"]
+    assert weight is not None
+    return weight
+
+
+def classifier(model: nn.Module) -> dict[str, nn.Module]:
+    """The trained head by qualified name: what get_classifier() returns, else a usual name at the top level."""
+    found: list[nn.Module] = []
+    if callable(get := getattr(model, "get_classifier", None)):
+        heads = get()
+        found = list(heads) if isinstance(heads, (tuple, list)) else [heads]
+    else:
+        usual = ("classifier", "head", "fc", "score", "lm_head")
+        found = [child for name in usual if isinstance(child := getattr(model, name, None), nn.Module)][:1]
+    names = {module: name for name, module in model.named_modules()}
+    return {names[m]: m for m in found if m in names and any(True for _ in m.parameters())}
+
+
+def weighted(model: nn.Module) -> dict[str, nn.Module]:
+    """Every Linear and Conv of `model` but those of its classifier, by qualified name."""
+    head = {part for module in classifier(model).values() for part in module.modules()}
+    return {name: m for name, m in model.named_modules() if is_weighted(m) and m not in head}
+
+
+def _role(name: str) -> tuple[str, str]:
+    """The projection's telling name and the attention's: 'blocks.0.attn.qkv.conv' -> ('qkv', 'blocks.0.attn')."""
+    parts = name.split(".")
+    if parts[-1] in _WRAPPED and len(parts) > 1:
+        parts.pop()
+    return parts[-1], ".".join(parts[:-1])
+
+
+def parts_of(model: nn.Module, name: str) -> dict[str, Span]:
+    """The rows of q, k and v in the fused projection `name`; empty where the layout cannot be told.
+
+    The rows are [q | k | v], each of the attention's width. Projections that interleave q, k and v head by head
+    (levit, tiny_vit, efficientformer, efficientvit_mit, the maxxvit convs with head_first) have no such blocks.
+    """
+    role, parent_name = _role(name)
+    letters = _FUSED.get(role, "")
+    parent, host = model.get_submodule(parent_name), model.get_submodule(name)
+    if not letters or getattr(parent, "head_first", False) or hasattr(parent, "key_dim"):
+        return {}
+    n_out, n_in = weight_of(host).shape[0], weight_of(host).shape[1] * int(getattr(host, "groups", 1))
+    width = n_out // len(letters)
+    widths = [getattr(parent, "dim_out", None) or getattr(parent, "dim", None) or n_in]
+    if hasattr(parent, "num_heads") and isinstance(head_dim := getattr(parent, "head_dim", None), int):
+        widths.append(int(parent.num_heads) * head_dim)  # type: ignore[arg-type]
+    if n_out % len(letters) or width not in widths:
+        return {}
+    return {letter: (i * width, (i + 1) * width) for i, letter in enumerate(letters)}
+
+
+def attentions(model: nn.Module) -> list[str]:
+    """The modules that own a projection called q, v, qkv or alike."""
+    known = _QUERY | _VALUE | set(_FUSED)
+    owners = [owner for role, owner in map(_role, weighted(model)) if role in known and owner]
+    return list(dict.fromkeys(owners))
+
+
+def mlps(model: nn.Module) -> list[str]:
+    """The outermost MLPs, by name or class; token mixers and the classifier's own do not count."""
+    heads = set(classifier(model).values())
+    inner = tuple(f"{owner}." for owner in attentions(model))  # position MLPs inside an attention
+    found: list[str] = []
+    for name, module in model.named_modules():
+        last, kind = name.rpartition(".")[2], type(module).__name__.lower()
+        is_mlp = last in _MLP_NAMES or "mlp" in kind or "feedforward" in kind
+        inside = name.startswith(inner) or any(name.startswith(f"{outer}.") for outer in found)
+        if not is_mlp or inside or not name or "token" in last or isinstance(module, nn.Sequential):
+            continue
+        has_weights = sum(is_weighted(m) for m in module.modules()) > 1
+        if has_weights and not heads.intersection(module.modules()):
+            found.append(name)
+    return found
+
+
+def blocks(model: nn.Module) -> list[str]:
+    """The modules that own an MLP directly: transformer, mixer and ConvNeXt blocks."""
+    owners = dict.fromkeys(name.rpartition(".")[0] for name in mlps(model))
+    lists = (nn.Sequential, nn.ModuleList)
+    return [name for name in owners if name and not isinstance(model.get_submodule(name), lists)]
+
+
+def query_value_hosts(model: nn.Module) -> dict[str, str | None]:
+    """The papers' default: q and v of every attention; without one every Linear, in convolutional nets every conv.
+
+    A fused projection whose rows cannot be told apart is adapted whole. A net counts as convolutional where its
+    Linears, the classifier's surroundings aside, hold less than half of its weights.
+    """
+    hosts: dict[str, str | None] = {}
+    around_head = tuple(f"{name.partition('.')[0]}." for name in classifier(model))
+    everything = {name: module for name, module in weighted(model).items() if not name.startswith(around_head)}
+    for name in everything:
+        role = _role(name)[0]
+        if role in _QUERY | _VALUE:
+            hosts[name] = None
+        elif role in _FUSED:
+            wanted = "".join(letter for letter in "qv" if letter in parts_of(model, name))
+            hosts[name] = wanted or None
+    if hosts:
+        return hosts
+    linears = {name: module for name, module in everything.items() if isinstance(module, nn.Linear)}
+    convs = {name: module for name, module in everything.items() if name not in linears}
+    sizes = [sum(weight_of(module).numel() for module in part.values()) for part in (linears, convs)]
+    return dict.fromkeys(linears if sizes[0] >= sizes[1] else convs)
+
+
+def group(model: nn.Module, name: str, placement: type) -> list[str] | None:
+    """The hosts of a named group, or None if `name` is not one: attention, mlp, linear, conv, all."""
+    if placement is not WeightDelta:
+        return {"attention": attentions, "mlp": mlps, "block": blocks}.get(name, lambda _: None)(model)
+    hosts = weighted(model)
+    inside = {"attention": attentions, "mlp": mlps}
+    if name in inside:
+        owners = tuple(f"{owner}." for owner in inside[name](model))
+        return [host for host in hosts if host.startswith(owners)]
+    if name in ("linear", "conv"):
+        return [host for host, module in hosts.items() if isinstance(module, nn.Linear) == (name == "linear")]
+    return list(hosts) if name == "all" else None

@@ -1,0 +1,109 @@
+"""The timm model underneath: enough to build it again, and a fingerprint that tells it from another checkpoint."""
+
+import inspect
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from capavision.attention import classifier
+from capavision.delta import Delta
+from capavision.files import cache_dir
+from capavision.targets import near
+
+
+@dataclass(frozen=True)
+class Base:
+    """How to build a timm model with its weights.
+
+    model:    timm's name, with the checkpoint's tag where it matters: "vit_base_patch16_224.orig_in21k".
+    weights:  "pretrained" (timm's own source), "random" (drawn from `seed`), or the name of a .safetensors file in
+              the cache folder, see `capavision.files.cache_dir`.
+    img_size: side of the input in pixels, for architectures that fix it; None is the model's own.
+    hint:     the command that makes the file, for the error message where it is missing.
+
+    Raises (by build):
+        ValueError: an unknown model, weights that this machine does not have.
+
+    >>> Base("vit_tiny_patch16_224", weights="random").build(num_classes=10).num_classes
+    10
+    """
+
+    model: str
+    weights: str = "pretrained"
+    img_size: int | None = None
+    seed: int = 0
+    hint: str = ""
+
+    def build(self, num_classes: int, **kwargs: Any) -> nn.Module:
+        """The model with a fresh head of `num_classes`; kwargs go to timm.create_model (drop_path_rate, …)."""
+        import timm
+
+        if not timm.is_model(self.model):
+            name = self.model.partition(".")[0]
+            raise ValueError(f"unknown timm model {self.model!r}; {near(name, timm.list_models())}")
+        kwargs["num_classes"] = num_classes
+        if self.img_size is not None and _takes_img_size(self.model):
+            kwargs["img_size"] = self.img_size
+        if self.weights not in ("pretrained", "random"):
+            kwargs["pretrained_cfg_overlay"] = {"file": str(self._file())}
+        with torch.random.fork_rng(devices=[]):  # a fresh head and random weights depend on the seed alone
+            torch.manual_seed(self.seed)
+            try:
+                model: nn.Module = timm.create_model(self.model, pretrained=self.weights != "random", **kwargs)
+            except (OSError, RuntimeError) as error:
+                if self.weights != "pretrained" or _is_own_fault(error):
+                    raise
+                raise ValueError(
+                    f"the pretrained weights of {self.model!r} are not on this machine and could not be fetched "
+                    f"({type(error).__name__}); choices: a machine that reaches the Hugging Face hub, "
+                    "--weights FILE.safetensors, --weights random, or --model demo (weights from a Python package)"
+                ) from error
+        return model
+
+    def _file(self) -> Any:
+        path = cache_dir() / self.weights
+        if path.parent != cache_dir() or path.suffix != ".safetensors":
+            raise ValueError(f"weights={self.weights!r} must name a .safetensors file in {cache_dir()}")
+        if not path.is_file():
+            hint = f"; `{self.hint}` makes it" if self.hint else ""
+            raise ValueError(f"the base weights {path} are missing{hint}")
+        return path
+
+
+def _is_own_fault(error: Exception) -> bool:
+    return isinstance(error, RuntimeError) and "hub" not in str(error).lower()
+
+
+def _takes_img_size(name: str) -> bool:
+    """Whether the architecture is built for one input size; convolutional nets take any."""
+    import timm
+
+    source = inspect.getmodule(timm.model_entrypoint(name.partition(".")[0]))
+    cfg = timm.get_pretrained_cfg(name)
+    return bool(cfg and cfg.fixed_input_size) or "img_size" in inspect.getsource(source or timm)
+
+
+def fingerprint(model: nn.Module, trained: Collection[str] = ()) -> dict[str, float]:
+    """One number per base tensor, its Euclidean norm; deltas, the classifier and `trained` names are left out.
+
+    Another checkpoint differs in nearly all of them, while the same one agrees to rounding on any machine and after
+    timm resampled its position embedding. (A digest of the bits would not.)
+    """
+    own = [name for name, m in model.named_modules() if isinstance(m, Delta)] + list(classifier(model))
+    prefixes = tuple(f"{name}." for name in own)
+    base = {k: v for k, v in model.state_dict().items() if not k.startswith(prefixes) and k not in trained}
+    floats = {name: tensor for name, tensor in base.items() if tensor.is_floating_point()}
+    return {name: float(f"{tensor.detach().double().norm().item():.7g}") for name, tensor in floats.items()}
+
+
+def differences(expected: Mapping[str, float], found: Mapping[str, float], tolerance: float = 1e-4) -> list[str]:
+    """The tensors whose recorded norm is not the one found, and those that only one side has."""
+    close = {
+        name
+        for name in expected.keys() & found.keys()
+        if abs(expected[name] - found[name]) <= tolerance * max(abs(expected[name]), 1e-6)
+    }
+    return sorted((expected.keys() | found.keys()) - close)

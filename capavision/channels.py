@@ -1,0 +1,60 @@
+"""Channels of a block's input and output, found by looking: one forward pass without gradient."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def measure(model: nn.Module, hosts: Iterable[str], example: Tensor | None) -> dict[str, tuple[int, int, int]]:
+    """Channels out and in and the channel axis of each block, seen in one forward pass without gradient."""
+    shapes: dict[str, tuple[torch.Size, torch.Size]] = {}
+
+    def note(name: str) -> Any:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            y = output[0] if isinstance(output, tuple) else output
+            shapes[name] = (args[0].shape, y.shape)
+
+        return hook
+
+    hooks = [model.get_submodule(name).register_forward_hook(note(name)) for name in hosts]
+    modes = {module: module.training for module in model.modules()}
+    try:
+        with torch.no_grad():
+            model.eval()(_example(model) if example is None else example)
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for module, mode in modes.items():
+            module.training = mode
+    unseen = [name for name in hosts if name not in shapes]
+    if unseen:
+        raise ValueError(f"{unseen[0]} did not run in the model's forward pass, so an adapter there would be dead")
+    return {name: _channels(model, name, *shapes[name]) for name in hosts}
+
+
+def _example(model: nn.Module) -> Tensor:
+    like = next(model.parameters())
+    size = getattr(getattr(model, "patch_embed", None), "img_size", None)
+    cfg = getattr(model, "pretrained_cfg", None) or {}
+    shape = (3, *size) if size else cfg.get("test_input_size") if cfg.get("fixed_input_size") else cfg.get("input_size")
+    shape = shape or cfg.get("input_size")
+    if not shape:
+        raise ValueError("the model does not tell its input size; pass example=, one input batch")
+    return torch.zeros(1, *shape, device=like.device, dtype=like.dtype)
+
+
+def _channels(model: nn.Module, name: str, x: torch.Size, y: torch.Size) -> tuple[int, int, int]:
+    if len(y) != 4:
+        return y[-1], x[-1], -1
+    widths = {size for p in model.get_submodule(name).parameters() if p.ndim > 1 for size in (p.shape[0], p[0].numel())}
+    first, last = y[1] in widths, y[-1] in widths
+    if first == last:  # widths do not tell: images are square more often than channels equal a side
+        first, last = y[2] == y[3], y[1] == y[2]
+    if first == last:
+        raise ValueError(
+            f"{name}: cannot tell the channel axis of its output {tuple(y)}; pass example= of another size"
+        )
+    axis = 1 if first else -1
+    return y[axis], x[axis], axis

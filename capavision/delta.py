@@ -1,0 +1,136 @@
+"""What a method builds: a Delta, the trained addition to one host.
+
+Two placements. A WeightDelta is added to a weight, y = (W + ΔW) x, and folds into it. An OutputDelta is added to what
+a block returns, y + Δ(x, y), and folds into a smaller module of its own.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from capavision.masks import stream
+
+
+@dataclass(frozen=True)
+class Site:
+    """Where a delta will act, as far as a method needs to know.
+
+    name:  the host's qualified name, followed by ":part" where the delta serves some rows of it only.
+    n_out, n_in: rows and columns of ΔW (a conv's kernel counts as columns); the channels of y and of x for a block.
+    axis:  the channel axis of a block's output, 1 or -1.
+    like:  a tensor with the device and dtype to build on.
+    """
+
+    name: str
+    n_out: int
+    n_in: int
+    seed: int
+    like: Tensor
+    axis: int = -1
+
+    def key(self, factor: str) -> str:
+        """The key of this site's random draws for one factor; independent of every other site."""
+        return f"{self.seed}/{self.name}/{factor}"
+
+    def zeros(self, *shape: int) -> Tensor:
+        return torch.zeros(*shape, device=self.like.device, dtype=self.like.dtype)
+
+    def uniform(self, factor: str, *shape: int) -> Tensor:
+        """U(-1/√n, 1/√n) over the last axis of length n: nn.Linear's own start, and loralib's for A."""
+        generator = torch.Generator().manual_seed(int(stream(f"{self.key(factor)}/init", 1)[0] >> 1))
+        bound = shape[-1] ** -0.5
+        return torch.empty(*shape).uniform_(-bound, bound, generator=generator).to(self.like)
+
+
+class Delta(nn.Module):
+    """Base of both placements; `model.modules()` filtered by it finds every delta."""
+
+
+class WeightDelta(Delta, ABC):
+    """ΔW of shape (n_out, n_in), added to a host's weight."""
+
+    @abstractmethod
+    def weight(self) -> Tensor:
+        """ΔW, dense, (n_out, n_in)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x ΔWᵀ, (…, n_in) to (…, n_out); a factored method overrides it with something cheaper."""
+        return F.linear(x, self.weight().to(x.dtype))
+
+
+class Rows(WeightDelta):
+    """Deltas on some row blocks of a fused weight, zero elsewhere: q and v of a qkv projection.
+
+    >>> # y[..., start:stop] += parts[name](x) for each (start, stop)
+    """
+
+    def __init__(self, n_out: int, parts: dict[str, tuple[tuple[int, int], WeightDelta]]) -> None:
+        super().__init__()
+        self.n_out = n_out
+        self.rows = {name: rows for name, (rows, _) in sorted(parts.items(), key=lambda item: item[1][0])}
+        self.parts = nn.ModuleDict({name: parts[name][1] for name in self.rows})
+
+    def _part(self, name: str) -> WeightDelta:
+        part = self.parts[name]
+        assert isinstance(part, WeightDelta)
+        return part
+
+    def _assemble(self, blocks: dict[str, Tensor], dim: int) -> Tensor:
+        pieces: list[Tensor] = []
+        at = 0
+        some = next(iter(blocks.values()))
+        for name, (start, stop) in [*self.rows.items(), ("", (self.n_out, self.n_out))]:
+            if start > at:
+                shape = list(some.shape)
+                shape[dim] = start - at
+                pieces.append(some.new_zeros(shape))
+            if name:
+                pieces.append(blocks[name])
+            at = stop
+        return torch.cat(pieces, dim)
+
+    def weight(self) -> Tensor:
+        return self._assemble({name: self._part(name).weight() for name in self.rows}, 0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._assemble({name: self._part(name)(x) for name in self.rows}, -1)
+
+
+class OutputDelta(Delta, ABC):
+    """An addition to a block's output."""
+
+    @abstractmethod
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        """What is added to y, the block's output for input x."""
+
+    @abstractmethod
+    def folded(self) -> "OutputDelta":
+        """The same function without masks or sharing: dense factors only."""
+
+
+class Method:
+    """Base of the frozen dataclasses that configure a method. Its name is its file's name; its fields are its flags.
+
+    A subclass names its placement and builds a Delta for a Site; targets() may choose default hosts.
+    """
+
+    name: ClassVar[str]
+    placement: ClassVar[type[Delta] | None]  # WeightDelta, OutputDelta, or None for a method without hosts
+    known: ClassVar[dict[str, type["Method"]]] = {}
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "name" not in cls.__dict__:
+            cls.name = cls.__module__.rpartition(".")[2]
+        cls.known[cls.name] = cls
+
+    def targets(self, model: nn.Module) -> dict[str, str | None]:
+        """Default hosts of this method in `model`: qualified name -> parts to adapt, None for all of it."""
+        return {}
+
+    def build(self, site: Site) -> Delta:
+        raise TypeError(f"{type(self).__name__} has no hosts, so it builds no delta")

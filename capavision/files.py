@@ -1,0 +1,39 @@
+"""Atomic writes and the cache folder: a file is either whole or not there."""
+
+import contextlib
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+
+def cache_dir() -> Path:
+    """Where converted weights live: $CAPAVISION_CACHE, else ~/.cache/capavision."""
+    return Path(os.environ.get("CAPAVISION_CACHE") or Path.home() / ".cache" / "capavision")
+
+
+@contextlib.contextmanager
+def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """A temporary path beside `path`; it takes the place of `path` when the block ends well, and vanishes when not.
+
+    Raises:
+        OSError: the disk is full or the folder cannot be written; `path` is then as it was.
+
+    >>> with replacing("result.json") as temporary:  # doctest: +SKIP
+    ...     temporary.write_text("{}")
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=f".part{path.suffix}", dir=path.parent)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        with temporary.open("rb") as written:
+            os.fsync(written.fileno())
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o666 & ~umask)  # mkstemp makes files only their owner can read
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)

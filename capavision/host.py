@@ -1,0 +1,143 @@
+"""The class swap: how a module gains a delta and stays itself.
+
+`attach` gives a host a child named "delta" and swaps its class for a generated subclass. Its identity, its parameters'
+names, `isinstance` and its attributes stay; `detach` gives the class back, and with it every bit of the base.
+
+How it works:
+
+    class AdaptedLinear(nn.Linear):           # made once per host class; then host.__class__ = AdaptedLinear
+        @property
+        def weight(self):                     # whoever reads the weight gets W + ΔW: beit, eva, swin_v2, every conv
+            return self._parameters["weight"] + self.delta.weight()
+        def forward(self, x):                 # factored; only where the class's forward is exactly nn.Linear.forward
+            return F.linear(x, self._parameters["weight"], self.bias) + self.delta(x)
+
+    class AdaptedMlp(Mlp):                    # a block: the base forward runs, its output gains Δ(x, y)
+        def forward(self, x, *args, **kwargs):
+            y = Mlp.forward(self, x, *args, **kwargs)
+            return y + self.delta(x, y)
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from capavision.delta import Delta, OutputDelta, WeightDelta
+
+SLOT = "delta"
+
+
+def _adapted_weight(host: Any) -> Tensor:
+    base: Tensor = host._parameters["weight"]
+    delta: Tensor = host.delta.weight().view_as(base).to(base.dtype)
+    return base + delta
+
+
+def _linear_forward(host: Any, x: Tensor) -> Tensor:
+    added: Tensor = host.delta(x)
+    return F.linear(x, host._parameters["weight"], host.bias) + added
+
+
+def _weight_body(base: type) -> dict[str, Any]:
+    body: dict[str, Any] = {"weight": property(_adapted_weight)}
+    if base.forward is nn.Linear.forward:  # type: ignore[attr-defined]
+        body["forward"] = _linear_forward
+    return body
+
+
+def _output_body(base: type) -> dict[str, Any]:
+    def forward(host: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        y = base.forward(host, x, *args, **kwargs)  # type: ignore[attr-defined]
+        if isinstance(y, tuple):
+            return (y[0] + host.delta(x, y[0]), *y[1:])
+        return y + host.delta(x, y)
+
+    return {"forward": forward}
+
+
+def _frozen_body(base: type) -> dict[str, Any]:
+    def train(host: Any, mode: bool = True) -> Any:
+        return base.train(host, False)  # type: ignore[attr-defined]
+
+    return {"train": train}
+
+
+_BODIES: dict[str, Callable[[type], dict[str, Any]]] = {
+    "Adapted": _weight_body,
+    "Extended": _output_body,
+    "Frozen": _frozen_body,
+}
+_classes: dict[tuple[type, str], type] = {}
+
+
+def _generated(base: type, kind: str) -> type:
+    if (base, kind) not in _classes:
+
+        def reduce(host: Any, protocol: Any) -> Any:  # a generated class pickles as its base and its kind
+            return _new, (base, kind), host.__getstate__()
+
+        body = {"_base": base, "__reduce_ex__": reduce, "__module__": base.__module__, **_BODIES[kind](base)}
+        _classes[base, kind] = type(f"{kind}{base.__name__}", (base,), body)
+    return _classes[base, kind]
+
+
+def _new(base: type, kind: str) -> Any:
+    cls: Any = _generated(base, kind)
+    return cls.__new__(cls)
+
+
+def _swap(module: nn.Module, kind: str) -> None:
+    module.__class__ = _generated(type(module), kind)
+
+
+def is_swapped(module: nn.Module) -> bool:
+    """Whether the module's class is one of ours."""
+    return "_base" in type(module).__dict__
+
+
+def attach(host: nn.Module, delta: Delta) -> None:
+    """Give `host` a delta and the class that uses it. The host must not have one yet."""
+    assert not is_swapped(host)
+    setattr(host, SLOT, delta)
+    _swap(host, "Adapted" if isinstance(delta, WeightDelta) else "Extended")
+
+
+def detach(module: nn.Module) -> None:
+    """Give `module` its own class back, and drop its delta if it has one."""
+    if is_swapped(module):
+        module.__class__ = type(module)._base  # type: ignore[attr-defined]
+        if isinstance(getattr(module, SLOT, None), Delta):
+            delattr(module, SLOT)
+
+
+def fold(host: nn.Module) -> None:
+    """Write W + ΔW into a new weight parameter, summed in float32 or better; on a block, make the delta dense."""
+    delta = getattr(host, SLOT)
+    if isinstance(delta, OutputDelta):
+        setattr(host, SLOT, delta.folded())
+        return
+    base = host._parameters["weight"]
+    assert base is not None
+    exact = base.detach().to(delta_dtype(base))
+    weight = (exact + delta.weight().detach().view_as(exact)).to(base.dtype)
+    detach(host)
+    # A new parameter: a weight that two modules share must not change under the other one.
+    host.weight = nn.Parameter(weight, requires_grad=base.requires_grad)
+
+
+def delta_dtype(weight: Tensor) -> torch.dtype:
+    """The dtype deltas are kept in beside `weight`: float32, or float64 on a float64 base."""
+    return torch.float64 if weight.dtype is torch.float64 else torch.float32
+
+
+def freeze_batch_norm(model: nn.Module) -> list[nn.Module]:
+    """Keep every batch norm in eval for good, so that running statistics stay those of the base; returns them."""
+    norms: list[nn.Module] = [m for m in model.modules() if isinstance(m, _BatchNorm) and not is_swapped(m)]
+    for norm in norms:
+        _swap(norm, "Frozen")
+        norm.train(False)
+    return norms

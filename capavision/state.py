@@ -1,0 +1,266 @@
+"""One .safetensors file per adapter: save, load; and the two ends of a delta's life: fold, remove.
+
+The file holds the trained values (deltas, head, whatever else was trained) and, as JSON, all it takes to use them on a
+fresh base: the injections, a checksum of their masks (the masks follow from the seed), how to build the base model, a
+fingerprint of its weights, class names, preprocessing. Nothing in it is code, and no pickle is read.
+"""
+
+import dataclasses
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from capavision import host as hosting
+from capavision import masks
+from capavision.base import Base, differences, fingerprint
+from capavision.delta import Delta, Method
+from capavision.files import replacing
+from capavision.inject import RECORD, Injection, apply, injections
+from capavision.targets import near
+
+FORMAT = 1
+
+
+def save(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    *,
+    base: Base | None = None,
+    classes: list[str] | None = None,
+    info: Mapping[str, Any] | None = None,
+) -> None:
+    """Write what was trained into one .safetensors file; atomic.
+
+    Args:
+        model: an injected model.
+        path: the file to write or replace.
+        base: how to build the model underneath; None derives it from a timm model with timm's own weights.
+        classes: the class names, in the order of the logits.
+        info: anything JSON can hold that a user of the file wants back: preprocessing, task, accuracy.
+
+    Raises:
+        ValueError: the model carries no injection, or `classes` does not fit its logits.
+        OSError: the disk is full or the folder cannot be written; a file that was there stays.
+
+    >>> save(model, "dtd.safetensors", classes=["banded", "blotchy"])  # doctest: +SKIP
+    """
+    if not injections(model):
+        raise ValueError("the model carries no injection, so there is nothing to save; call capavision.inject first")
+    num_classes = getattr(model, "num_classes", None)
+    if classes is not None and num_classes not in (None, len(classes)):
+        raise ValueError(f"{len(classes)} class names for a model with {num_classes} classes")
+    base = base or _derived_base(model)
+    trained = _trained(model)
+    metadata = {
+        "format": FORMAT,
+        "injections": [_to_json(plan) for plan in injections(model)],
+        "masks": masks.checksum(_factors(model)),
+        "base": dataclasses.asdict(base) if base else None,
+        "fingerprint": fingerprint(model, trained),
+        "num_classes": num_classes,
+        "classes": classes,
+        "info": dict(info or {}),
+    }
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in trained.items()}
+    with replacing(path) as temporary:
+        save_file(tensors, temporary, metadata={"capavision": json.dumps(metadata)})
+
+
+def load(path: str | os.PathLike[str], model: nn.Module | None = None, *, check_base: bool = True) -> nn.Module:
+    """The model that was saved: `model` (or the rebuilt timm model) with the file's deltas and head.
+
+    Args:
+        path: a file written by `save`.
+        model: the base, with as many classes as the file; None builds it with timm as the file says.
+        check_base: refuse a base whose weights are not those the deltas were trained on.
+
+    Returns:
+        The model, in eval mode where it was built here, untouched in mode where it was given.
+
+    Raises:
+        ValueError: not one of our files, truncated, of a newer format, or for another architecture, checkpoint or
+            number of classes. The given model is then as it was.
+
+    >>> model = load("dtd.safetensors")  # doctest: +SKIP
+    """
+    metadata, tensors = _read(path)
+    built = model is None
+    if model is None:
+        if metadata["base"] is None:
+            raise ValueError(f"{path} does not say how its base model was built; pass it: load(path, model=…)")
+        model = Base(**metadata["base"]).build(metadata["num_classes"]).eval()
+    plans = [_from_json(plan, path) for plan in metadata["injections"]]
+    _check_fit(path, metadata, tensors, model, plans, check_base)
+    try:
+        for plan in plans:
+            apply(model, plan)
+        _check_masks(path, metadata, model)
+        _restore(path, model, tensors)
+    except ValueError:
+        remove(model)
+        raise
+    return model if not built else model.eval()
+
+
+def describe(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The file's metadata without its tensors: injections, base, classes, info.
+
+    Raises:
+        ValueError: not one of our files, truncated, or of a newer format.
+    """
+    return _read(path)[0]
+
+
+def fold(model: nn.Module) -> nn.Module:
+    """Write every ΔW into its host's weight: a plain model again, same classes, same keys. In place, one way.
+
+    Block adapters are not linear, so they stay, but dense: masks and shared values become one bottleneck of width
+    branches · rank.
+
+    Raises:
+        ValueError: the model carries no injection.
+
+    >>> plain = fold(copy.deepcopy(model))  # doctest: +SKIP
+    """
+    if not injections(model):
+        raise ValueError("the model carries no injection, so there is nothing to fold")
+    for host in [m for m in model.modules() if isinstance(getattr(m, hosting.SLOT, None), Delta)]:
+        hosting.fold(host)
+    _release(model, keep=Delta)
+    return model
+
+
+def remove(model: nn.Module) -> nn.Module:
+    """Take every delta out: the base's classes, weights and requires_grad as they were, bit for bit. In place.
+
+    The classifier keeps what it learned.
+
+    >>> base = remove(model)  # doctest: +SKIP
+    """
+    for module in list(model.modules()):
+        hosting.detach(module)
+    _release(model)
+    return model
+
+
+def _release(model: nn.Module, keep: type | None = None) -> None:
+    if plans := injections(model):
+        for name, p in model.named_parameters():
+            p.requires_grad_(name in plans[0].frozen)
+        delattr(model, RECORD)
+    for module in model.modules():
+        if keep is None or not isinstance(getattr(module, hosting.SLOT, None), keep):
+            hosting.detach(module)
+
+
+def _factors(model: nn.Module) -> list[masks.Factor]:
+    return [m for _, m in sorted(model.named_modules()) if isinstance(m, masks.Factor)]
+
+
+def _trained(model: nn.Module) -> dict[str, Tensor]:
+    """Deltas and head whatever their flags say now, and all else that is being trained."""
+    own = [name for name, m in model.named_modules() if isinstance(m, Delta)]
+    own += [name for plan in injections(model) for name in plan.head]
+    prefixes = tuple(f"{name}." for name in own)
+    return {name: p for name, p in model.named_parameters() if p.requires_grad or name.startswith(prefixes)}
+
+
+def _derived_base(model: nn.Module) -> Base | None:
+    cfg = getattr(model, "pretrained_cfg", None) or {}
+    if not cfg.get("architecture"):
+        return None
+    name = f"{cfg['architecture']}.{cfg['tag']}" if cfg.get("tag") else cfg["architecture"]
+    size = getattr(getattr(model, "patch_embed", None), "img_size", None)
+    return Base(name, img_size=size[0] if size and size[0] != cfg["input_size"][-1] else None)
+
+
+def _to_json(plan: Injection) -> dict[str, Any]:
+    fields = {k: v for k, v in dataclasses.asdict(plan).items() if k != "frozen"}
+    return {**fields, "method": {"name": plan.method.name, **dataclasses.asdict(plan.method)}}  # type: ignore[call-overload]
+
+
+def _from_json(plan: dict[str, Any], path: str | os.PathLike[str]) -> Injection:
+    settings = dict(plan["method"])
+    name = settings.pop("name")
+    if name not in Method.known:
+        raise ValueError(f"{path} holds the method {name!r}, which is not known here; {near(name, Method.known)}")
+    hosts = {host: {part: (s[0], s[1]) for part, s in parts.items()} for host, parts in plan["hosts"].items()}
+    axes = {host: (a[0], a[1], a[2]) for host, a in plan["axes"].items()}
+    method = Method.known[name](**settings)
+    return Injection(method, plan["seed"], hosts, axes, tuple(plan["head"]), (), plan["freeze_norm"])
+
+
+def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    if not Path(path).is_file():
+        raise ValueError(f"{path} is not a file")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = json.loads((file.metadata() or {}).get("capavision", "null"))
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
+    except (SafetensorError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is damaged or no safetensors file ({error}); save it again") from error
+    if not isinstance(metadata, dict):
+        raise ValueError(f"{path} is a safetensors file, but not one that capavision.save wrote")
+    if metadata["format"] > FORMAT:
+        raise ValueError(
+            f"{path} has format {metadata['format']}, this capavision reads up to {FORMAT}; upgrade capavision"
+        )
+    return metadata, tensors
+
+
+def _check_fit(
+    path: str | os.PathLike[str],
+    metadata: dict[str, Any],
+    tensors: dict[str, Tensor],
+    model: nn.Module,
+    plans: list[Injection],
+    check_base: bool,
+) -> None:
+    if injections(model):
+        raise ValueError(f"the model carries deltas already; capavision.remove(model) first, then load {path}")
+    classes = getattr(model, "num_classes", None)
+    if metadata["num_classes"] != classes:
+        raise ValueError(
+            f"{path} was trained with {metadata['num_classes']} classes and the model has {classes}; "
+            f"create it with num_classes={metadata['num_classes']}"
+        )
+    names = {name for name, _ in model.named_modules()}
+    missing = [name for plan in plans for name in [*plan.hosts, *plan.head] if name not in names]
+    if missing:
+        base = metadata["base"]["model"] if metadata["base"] else "another model"
+        raise ValueError(f"{path} adapts {missing[0]!r}, which {type(model).__name__} lacks; it was made for {base}")
+    if not check_base:
+        return
+    changed = differences(metadata["fingerprint"], fingerprint(model, tensors))
+    if changed:
+        raise ValueError(
+            f"{path} was trained on other base weights: {len(changed)} of {len(metadata['fingerprint'])} tensors "
+            f"differ, first {changed[0]}; load the same checkpoint, or pass check_base=False if you know better"
+        )
+
+
+def _check_masks(path: str | os.PathLike[str], metadata: dict[str, Any], model: nn.Module) -> None:
+    if masks.checksum(_factors(model)) != metadata["masks"]:
+        raise ValueError(f"{path}: its masks could not be rebuilt from the seed, so its deltas would be wrong here")
+
+
+@torch.no_grad()
+def _restore(path: str | os.PathLike[str], model: nn.Module, tensors: dict[str, Tensor]) -> None:
+    own = dict(model.named_parameters())
+    missing = sorted(_trained(model).keys() - tensors.keys())
+    foreign = sorted(tensors.keys() - own.keys())
+    if missing or foreign:
+        raise ValueError(f"{path} does not fit the model: missing {missing[:3]}, not in the model {foreign[:3]}")
+    wrong = [name for name, tensor in tensors.items() if tensor.shape != own[name].shape]
+    if wrong:
+        name = wrong[0]
+        raise ValueError(f"{path}: {name} is {tuple(tensors[name].shape)}, the model's is {tuple(own[name].shape)}")
+    for name, tensor in tensors.items():
+        own[name].copy_(tensor)

@@ -1,0 +1,116 @@
+"""What to adapt: names, globs and groups resolved to hosts, parts resolved to rows of a fused projection."""
+
+import difflib
+import fnmatch
+import itertools
+from collections.abc import Iterable, Sequence
+
+from torch import nn
+
+from capavision import host as hosting
+from capavision.attention import classifier, group, is_weighted, parts_of, weight_of
+from capavision.delta import Delta, Method, OutputDelta, WeightDelta
+
+Targets = str | Sequence[str] | None
+Parts = str | Sequence[slice] | None
+Spans = dict[str, tuple[int, int]]
+GROUPS = ("attention", "mlp", "linear", "conv", "all")
+
+
+def near(name: str, choices: Iterable[str]) -> str:
+    """The choices that read like `name`, for an error message; all of them if they are few."""
+    choices = sorted(set(choices))
+    close = difflib.get_close_matches(name, choices, n=4, cutoff=0.5)
+    close = close or (choices if len(choices) <= 12 else choices[:4])
+    return "did you mean " + " or ".join(map(repr, close)) + "?" if close else "there is nothing to choose from"
+
+
+def choose(model: nn.Module, method: Method, targets: Targets, parts: Parts) -> dict[str, Spans]:
+    """The hosts and the rows of each: targets and parts resolved against `model`, nothing changed."""
+    if method.placement is None:
+        if targets is not None or parts is not None:
+            raise ValueError(f"{type(method).__name__} adapts no module; leave targets and parts out")
+        return {}
+    if method.placement is OutputDelta and parts is not None:
+        raise ValueError(f"{type(method).__name__} acts on whole blocks, which have no rows; leave parts={parts!r} out")
+    if targets is None:
+        defaults = method.targets(model)
+        if not defaults:
+            raise ValueError(f"{type(model).__name__} has no default host for {type(method).__name__}; name targets")
+    else:
+        names = _match(model, [targets] if isinstance(targets, str) else list(targets), method)
+        defaults = dict.fromkeys(names)
+    for name in defaults:
+        _refuse(model, name)
+    return {name: _rows(model, name, parts if parts is not None else default) for name, default in defaults.items()}
+
+
+def _match(model: nn.Module, patterns: list[str], method: Method) -> list[str]:
+    modules = {name: module for name, module in model.named_modules() if name}
+    weights = method.placement is WeightDelta
+    found: dict[str, None] = {}
+    for pattern in patterns:
+        named = group(model, pattern, method.placement or Delta)
+        if named is None:
+            named = _names(pattern, list(modules))
+            if not named:
+                raise ValueError(
+                    f"no module matches {pattern!r}; {_suggest(pattern, modules)}; groups: {', '.join(GROUPS)}"
+                )
+        hosts = [name for name in named if not weights or is_weighted(modules[name])]
+        # A wildcard may run over the classifier; only its own name adapts it.
+        hosts = [name for name in hosts if name == pattern or name not in classifier(model)]
+        if not hosts:
+            kinds = sorted({type(modules[name]).__name__ for name in named})
+            what = "Linear or Conv with a weight of its own" if weights else "block"
+            raise ValueError(
+                f"{pattern!r} matches no {what}, only {', '.join(kinds) or 'nothing'}; name its inner modules"
+            )
+        found.update(dict.fromkeys(hosts))
+    return list(found)
+
+
+def _names(pattern: str, names: list[str]) -> list[str]:
+    if pattern in names:
+        return [pattern]
+    if any(c in pattern for c in "*?["):
+        return fnmatch.filter(names, pattern)
+    return [] if "." in pattern else [name for name in names if name.rpartition(".")[2] == pattern]
+
+
+def _suggest(pattern: str, modules: dict[str, nn.Module]) -> str:
+    last = {name.rpartition(".")[2] for name in modules}
+    return near(pattern, modules if "." in pattern else {name for name in last if not name.isdigit()})
+
+
+def _refuse(model: nn.Module, name: str) -> None:
+    host = model.get_submodule(name)
+    if hosting.is_swapped(host):
+        raise ValueError(
+            f"{name} already carries a delta; capavision.remove(model) takes the deltas out, capavision.fold(model) "
+            "writes them into the weights"
+        )
+    if hasattr(host, hosting.SLOT):
+        raise ValueError(f"{name} ({type(host).__name__}) has an attribute named {hosting.SLOT!r} of its own")
+
+
+def _rows(model: nn.Module, name: str, parts: Parts) -> Spans:
+    if parts is None:
+        return {}
+    n_out = weight_of(model.get_submodule(name)).shape[0]
+    if isinstance(parts, str):
+        known = parts_of(model, name)
+        missing = [letter for letter in parts if letter not in known]
+        if missing or not parts:
+            raise ValueError(
+                f"{name}: parts={parts!r}, but its {n_out} rows are not known to hold "
+                f"{' and '.join(missing) or 'no part at all'} ({', '.join(known) or 'nothing'} known); give row slices "
+                f"such as parts=[slice(0, {n_out // 3})], or leave parts out to adapt all rows"
+            )
+        return {letter: known[letter] for letter in known if letter in parts}
+    spans = sorted(piece.indices(n_out)[:2] for piece in parts)
+    steps = {piece.step for piece in parts} - {None, 1}
+    overlap = any(a[1] > b[0] for a, b in itertools.pairwise(spans))
+    if steps or overlap or not spans or any(start >= stop for start, stop in spans):
+        raise ValueError(f"{name}: parts={list(parts)} are not disjoint, non-empty row slices of its {n_out} rows")
+    return {f"rows{start}_{stop}": (start, stop) for start, stop in spans}
