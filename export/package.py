@@ -1,0 +1,193 @@
+"""From an adapter file to a package: fold, export, compare with PyTorch, and only then write.
+
+The reference is the model as trained, masks and all, so the comparison covers folding and exporting at once. The gate
+is relative: the largest difference over the largest logit, at batches 1, 2, 3 and 5, with equal top-1.
+"""
+
+import copy
+import dataclasses
+import json
+import os
+import platform
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import torch
+from torch import nn
+
+import capavision as cv
+from export.graph import folded, to_onnx
+from export.runtime import FILES, SCHEMA, TOLERANCE, Classifier, random_pixels, relative_error, sha256
+
+BATCHES = (1, 2, 3, 5)
+WARN = 1e-5
+PROBE = {"seed": 20240701, "count": 1}
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """An adapter file as the exporter sees it: its path, what it says of itself, and its model."""
+
+    path: Path
+    about: dict[str, Any]
+    model: nn.Module
+
+    @classmethod
+    def open(cls, path: Path) -> "Source":
+        """A run folder or an adapter file.
+
+        Raises:
+            ValueError: no finished run, or a file that does not load.
+        """
+        file = path / "adapter.safetensors" if path.is_dir() else path
+        if not file.is_file():
+            raise ValueError(f"{path} holds no adapter.safetensors; finish the run first, or name an adapter file")
+        about = cv.describe(file)
+        if "preprocessing" not in about["info"] or about["classes"] is None:
+            raise ValueError(f"{file} does not say its classes and preprocessing; save it with classes= and info=")
+        return cls(file, about, cv.load(file).float().eval())
+
+
+def build(source: Source, out: Path, *, opset: int | None = None, tolerance: float = TOLERANCE) -> dict[str, Any]:
+    """Write the package of `source` to `out`, whole or not at all; returns its manifest.
+
+    Raises:
+        ValueError: `out` exists, the model does not export, or the graph and PyTorch disagree.
+        OSError: the disk is full.
+    """
+    if out.exists():
+        raise ValueError(f"{out} exists; name another --out, or delete it first")
+    preprocessing, classes = source.about["info"]["preprocessing"], source.about["classes"]
+    labels = {str(i): name for i, name in enumerate(classes)}
+    proto = to_onnx(folded(source.model), preprocessing["size"], labels, opset)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    try:
+        onnx.save(proto, work / "model.onnx")
+        onnx.checker.check_model(str(work / "model.onnx"), full_check=True)
+        _write(work / "config.json", _config(source, labels))
+        _write(work / "preprocessor_config.json", _preprocessor(preprocessing))
+        manifest = _manifest(source, work, opset=proto.opset_import[0].version)
+        _write(work / "manifest.json", manifest)  # the classifier wants one, the figures follow
+        runtime = Classifier(work)
+        manifest["parity"] = parity(runtime.logits, source.model, runtime, tolerance)
+        manifest["probe"] = probe(runtime, source.model)
+        _write(work / "manifest.json", manifest)
+        os.chmod(work, 0o755)
+        work.rename(out)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    return manifest
+
+
+def parity(
+    exported: Callable[[np.ndarray], np.ndarray], model: nn.Module, runtime: Classifier, tolerance: float
+) -> dict[str, Any]:
+    """Relative error by batch size, and how far the adapted logits lie from the base's.
+
+    Raises:
+        ValueError: an error above `tolerance`, another top-1, or an adapter that changes nothing.
+    """
+    size = runtime.preprocessor["size"]["height"]
+    errors = {}
+    for batch in BATCHES:
+        pixels = random_pixels(batch, batch, size)
+        found, expected = exported(pixels), reference(model, runtime, pixels)
+        errors[str(batch)] = error = relative_error(found, expected)
+        if not error <= tolerance:
+            raise ValueError(
+                f"at batch {batch} ONNX Runtime and PyTorch differ by {error:.1e} of the largest logit, above "
+                f"{tolerance:g}; nothing was written"
+            )
+        if (found.argmax(1) != expected.argmax(1)).any():
+            raise ValueError(
+                f"at batch {batch} ONNX Runtime and PyTorch disagree on top-1; nothing was written"
+            )
+        if error > WARN:
+            print(f"warning: at batch {batch} the relative error is {error:.1e}", file=sys.stderr)
+    return {"relative_error": errors, "tolerance": tolerance, "distance_to_base": _distance(model, runtime, tolerance)}
+
+
+def _distance(model: nn.Module, runtime: Classifier, tolerance: float) -> float | None:
+    """How far the deltas move the logits: parity would prove nothing of deltas that do not."""
+    if not any(isinstance(module, cv.Delta) for module in model.modules()):
+        return None
+    pixels = random_pixels(BATCHES[-1], BATCHES[-1], runtime.preprocessor["size"]["height"])
+    base = cv.remove(copy.deepcopy(model))
+    distance = relative_error(reference(base, runtime, pixels), reference(model, runtime, pixels))
+    if distance < 10 * tolerance:
+        raise ValueError(
+            f"the adapter moves the logits by {distance:.1e} only, as if untrained; nothing was written"
+        )
+    return distance
+
+
+@torch.inference_mode()
+def reference(model: nn.Module, runtime: Classifier, pixels: np.ndarray) -> np.ndarray:
+    """PyTorch's logits for the same pixels."""
+    return model(torch.from_numpy(runtime.normalize(pixels))).numpy()
+
+
+def probe(runtime: Classifier, model: nn.Module) -> dict[str, Any]:
+    """A seeded input and PyTorch's logits for it, which `export.verify` runs again."""
+    pixels = random_pixels(PROBE["seed"], PROBE["count"], runtime.preprocessor["size"]["height"])
+    return {**PROBE, "logits": reference(model, runtime, pixels).tolist()}
+
+
+def _config(source: Source, labels: dict[str, str]) -> dict[str, Any]:
+    return {
+        "architecture": source.about["base"]["model"] if source.about["base"] else None,
+        "num_classes": len(labels),
+        "id2label": labels,
+        "label2id": {name: int(index) for index, name in labels.items()},
+        "task": source.about["info"].get("task"),
+    }
+
+
+def _preprocessor(preprocessing: dict[str, Any]) -> dict[str, Any]:
+    size = preprocessing["size"]
+    return {
+        "size": {"height": size, "width": size},
+        "do_resize": True,
+        "resample": 3,  # bicubic
+        "do_center_crop": False,
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": preprocessing["mean"],
+        "image_std": preprocessing["std"],
+        "do_convert_rgb": True,
+    }
+
+
+def _manifest(source: Source, folder: Path, opset: int) -> dict[str, Any]:
+    import timm
+
+    return {
+        "schema_version": SCHEMA,
+        "files": {name: {"sha256": sha256(folder / name), "bytes": (folder / name).stat().st_size} for name in FILES},
+        "adapter_sha256": sha256(source.path),
+        "base": source.about["base"],
+        "methods": [plan["method"] for plan in source.about["injections"]],
+        "merged": not any(isinstance(m, cv.OutputDelta) for m in source.model.modules()),
+        "opset": opset,
+        "versions": {
+            "capavision": cv.__version__,
+            "torch": torch.__version__,
+            "timm": timm.__version__,
+            "onnx": onnx.__version__,
+            "onnxruntime": onnxruntime.__version__,
+            "python": platform.python_version(),
+        },
+    }
+
+
+def _write(path: Path, content: Any) -> None:
+    path.write_text(json.dumps(content, indent=1))

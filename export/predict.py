@@ -1,0 +1,26 @@
+"""Labels and probabilities from an exported package: python -m export.predict DIR IMAGE…"""
+
+import argparse
+from pathlib import Path
+
+from export import cli
+from export.runtime import Classifier
+
+
+def main(argv: list[str] | None = None) -> list[list[tuple[str, float]]]:
+    """Print, and return, the top labels of each image."""
+    parser = argparse.ArgumentParser(prog="python -m export.predict", description=__doc__)
+    parser.add_argument("package", type=Path, metavar="DIR", help="what python -m export wrote")
+    parser.add_argument("images", nargs="+", metavar="IMAGE", help="image files")
+    parser.add_argument("--top", type=int, default=5, metavar="K", help="labels an image (default: 5)")
+    args = parser.parse_args(argv)
+    if args.top < 1:
+        raise ValueError(f"--top {args.top} must be at least 1")
+    found = Classifier(args.package).predict(args.images, args.top)
+    for image, labels in zip(args.images, found, strict=True):
+        print(f"{image}  " + "  ".join(f"{label} {100 * p:.1f} %" for label, p in labels))
+    return found
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,40 @@
+"""Is a package whole, and does it still compute what was exported? python -m export.verify DIR"""
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+
+from export import cli
+from export.runtime import FILES, TOLERANCE, Classifier, random_pixels, read_json, relative_error, sha256
+
+
+def main(argv: list[str] | None = None) -> float:
+    """Check every checksum, then run the stored probe; returns the probe's relative error.
+
+    Raises:
+        ValueError: a file that is missing or changed, or a probe that gives other logits.
+    """
+    parser = argparse.ArgumentParser(prog="python -m export.verify", description=__doc__)
+    parser.add_argument("package", type=Path, metavar="DIR", help="what python -m export wrote")
+    folder = parser.parse_args(argv).package
+    manifest = read_json(folder / "manifest.json")
+    for name in FILES:
+        expected = manifest["files"].get(name, {}).get("sha256")
+        found = sha256(folder / name) if (folder / name).is_file() else None
+        if found != expected:
+            state = "is missing" if found is None else "was changed after the export"
+            raise ValueError(f"{folder / name} {state}; export again")
+    classifier, probe = Classifier(folder), manifest["probe"]
+    size = classifier.preprocessor["size"]["height"]
+    error = relative_error(
+        classifier.logits(random_pixels(probe["seed"], probe["count"], size)), np.array(probe["logits"], np.float32)
+    )
+    if not error <= TOLERANCE:
+        raise ValueError(f"{folder}: the probe is off by {error:.1e} of its largest logit, above {TOLERANCE:g}")
+    print(f"{folder}: {len(FILES)} checksums right, probe within {error:.1e}")
+    return error
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,1 @@
+"""VTAB-1k and its like: tasks, data, backbones, one training loop, one honest test."""

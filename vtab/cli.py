@@ -1,0 +1,78 @@
+"""Command lines from dataclasses: a field is a flag; a user's mistake is one line and exit code 2."""
+
+import argparse
+import dataclasses
+import inspect
+import os
+import re
+import sys
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+STOPPED = 130  # what shells report for Ctrl-C
+
+
+def run(main: Callable[[], Any]) -> None:
+    """Call `main`; turn what a user can mend into one line on stderr and exit code 2, without a traceback.
+
+    CAPAVISION_TRACEBACK=1 shows the traceback all the same.
+    """
+    try:
+        main()
+    except KeyboardInterrupt:
+        print("\nstopped; the same command goes on from the last finished epoch", file=sys.stderr)
+        sys.exit(STOPPED)
+    except (ValueError, OSError) as error:
+        if os.environ.get("CAPAVISION_TRACEBACK"):
+            raise
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+
+
+def field_docs(config: type) -> dict[str, str]:
+    """What the dataclass's docstring, and its bases', say of each field: lines of the form "name: text"."""
+    docs: dict[str, str] = {}
+    names = {field.name for field in dataclasses.fields(config)}
+    for cls in reversed(config.__mro__):
+        current = None
+        for line in inspect.cleandoc(cls.__doc__ or "").splitlines():
+            start = re.match(r"(\w+):\s+(.*)", line)
+            if start and start[1] in names:
+                current, docs[start[1]] = start[1], start[2]
+            elif current and line.startswith("  "):
+                docs[current] += " " + line.strip()
+            else:
+                current = None
+    return docs
+
+
+def add_fields(parser: Any, config: type) -> None:
+    """One flag for each field of the dataclass `config` that its docstring explains."""
+    hints, docs = get_type_hints(config), field_docs(config)
+    for field in (f for f in dataclasses.fields(config) if f.name in docs):
+        flag, kind, default = f"--{field.name.replace('_', '-')}", _plain(hints[field.name]), field.default
+        shown = "" if default in (None, False, "", dataclasses.MISSING) else f" (default: {default})"
+        text = docs[field.name].rstrip(".").replace("%", "%%") + shown
+        keywords: dict[str, Any] = {"help": text, "default": argparse.SUPPRESS}
+        if kind is bool:
+            keywords["action"] = "store_true"
+        else:
+            keywords |= {"type": kind, "metavar": kind.__name__.upper()}
+        parser.add_argument(flag, **keywords)
+
+
+def collect(config: type, values: argparse.Namespace, **more: Any) -> Any:
+    """An instance of `config` from parsed flags; absent flags take the field's default."""
+    names = {field.name for field in dataclasses.fields(config)}
+    return config(**{k: v for k, v in vars(values).items() if k in names and k not in more}, **more)
+
+
+def _plain(hint: Any) -> type:
+    """`float | None` -> float."""
+    if isinstance(hint, types.UnionType):
+        hint = next(arg for arg in get_args(hint) if arg is not type(None))
+    assert hint in (int, float, str, bool, Path), hint
+    kind: type = hint
+    return kind

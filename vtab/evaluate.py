@@ -1,0 +1,88 @@
+"""One pass over a split: predictions, top-1 accuracy and its 95 % interval."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.stats import binomtest
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import capavision as cv
+from vtab.data import Split
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """What turns an image into the model's input: the whole image squashed to size × size, bicubic, then normalised."""
+
+    size: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    @classmethod
+    def of(cls, model: nn.Module, base: cv.Base) -> "Preprocessing":
+        """As the model's own timm configuration has it, at the size it was built for."""
+        cfg: Any = model.pretrained_cfg
+        return cls(base.img_size or cfg["input_size"][-1], tuple(cfg["mean"]), tuple(cfg["std"]))
+
+    def normalize(self, images: Tensor) -> Tensor:
+        """uint8 (B, H, W, 3) to float32 (B, 3, H, W): (x / 255 - mean) / std."""
+        mean, std = (torch.tensor(v, device=images.device).view(1, 3, 1, 1) for v in (self.mean, self.std))
+        return (images.movedim(-1, 1).float() / 255 - mean) / std
+
+    def record(self) -> dict[str, Any]:
+        """As JSON, for the adapter file and every result."""
+        return {"size": self.size, "mean": list(self.mean), "std": list(self.std), "resize": "squash, bicubic"}
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """Top-1 in percent with its 95 % Wilson interval, which says what the number of test images can tell apart."""
+
+    correct: int
+    total: int
+
+    @property
+    def percent(self) -> float:
+        return 100 * self.correct / self.total
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        low, high = binomtest(self.correct, self.total).proportion_ci(method="wilson")
+        return 100 * low, 100 * high
+
+    def __str__(self) -> str:
+        low, high = self.interval
+        return f"{self.percent:.1f} % ({low:.1f} … {high:.1f}, n = {self.total:,})"
+
+
+def autocast(device: torch.device) -> torch.autocast:
+    """bfloat16 on CUDA, full precision elsewhere."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+
+
+@torch.inference_mode()
+def predict(model: nn.Module, split: Split, preprocessing: Preprocessing, batch_size: int = 256) -> np.ndarray:
+    """Class probabilities (n, classes) for a split; images are decoded piece by piece."""
+    model.eval()
+    device = next(model.parameters()).device
+    probabilities = []
+    bar = tqdm(total=len(split), desc="evaluate", unit="img", leave=False)
+    for images, _ in split.batches(preprocessing.size, batch_size):
+        with autocast(device):
+            logits = model(preprocessing.normalize(torch.from_numpy(images).to(device)))
+        probabilities.append(logits.float().softmax(-1).cpu().numpy())
+        bar.update(len(images))
+    bar.close()
+    return np.concatenate(probabilities)
+
+
+def accuracy(probabilities: np.ndarray, labels: np.ndarray) -> Accuracy:
+    """Top-1 of predictions.
+
+    >>> accuracy(np.array([[0.9, 0.1], [0.2, 0.8]]), np.array([0, 0])).percent
+    50.0
+    """
+    return Accuracy(int((probabilities.argmax(1) == labels).sum()), len(labels))

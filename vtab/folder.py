@@ -1,0 +1,88 @@
+"""A plain folder of class folders, with a split that is drawn once and written down.
+
+<root>/cat/….jpg  <root>/dog/….jpg     the folders' names are the classes
+<root>/capavision_split.json           which image is in which split, so that it stays
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from capavision.files import replacing
+from vtab.data import IMAGES, Data, file_split, inside
+
+FILE = "capavision_split.json"
+SMALLEST = 5
+
+
+def open_folder(root: Path, seed: int = 0, split_file: Path | None = None) -> Data:
+    """The images of `root`: the written split if there is one, else a stratified draw of 64 / 16 / 20 %.
+
+    Raises:
+        ValueError: fewer than two classes, a class with fewer than 5 images, a split file that does not fit.
+    """
+    path = split_file or root / FILE
+    classes, files = _scan(root)
+    if path.is_file():
+        split = _read(path, root, classes)
+    else:
+        split = _draw(files, seed)
+        try:
+            with replacing(path) as temporary:
+                temporary.write_text(json.dumps({"seed": seed, "classes": classes, **split}, indent=1))
+        except OSError as error:
+            raise ValueError(
+                f"cannot write the split to {path} ({error.strerror}); name a place with --split-file"
+            ) from error
+    split["trainval"] = split["train"] + split["val"]
+    labels = {name: classes.index(name.split("/")[0]) for names in split.values() for name in names}
+    splits = {name: file_split(root, names, [labels[n] for n in names]) for name, names in split.items()}
+    unlisted = len(set(files) - labels.keys())
+    facts = {"generated": False, "split_file": path.name, "images_outside_split": unlisted}
+    return Data(root.resolve().name, classes, splits, f"class folders in {root.resolve().name}", facts)
+
+
+def _scan(root: Path) -> tuple[list[str], list[str]]:
+    if not root.is_dir():
+        raise ValueError(f"{root} is not a folder")
+    classes, files = [], []
+    for folder in sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith(".")):
+        found = sorted(p.relative_to(root).as_posix() for p in folder.rglob("*") if p.suffix.lower() in IMAGES)
+        if found:
+            classes.append(folder.name)
+            files += found
+            if len(found) < SMALLEST:
+                raise ValueError(f"class {folder.name!r} has {len(found)} images; a stratified split needs {SMALLEST}")
+    if len(classes) < 2:
+        raise ValueError(
+            f"{root} holds {len(classes)} class folders with images; it must be a folder of class folders, or one in "
+            "the VTAB-1k layout (train800.txt and the other lists)"
+        )
+    return classes, files
+
+
+def _draw(files: Sequence[str], seed: int) -> dict[str, list[str]]:
+    from sklearn.model_selection import train_test_split
+
+    folder = [name.split("/")[0] for name in files]
+    rest, test, rest_folder, _ = train_test_split(files, folder, test_size=0.2, stratify=folder, random_state=seed)
+    train, val = train_test_split(rest, test_size=0.2, stratify=rest_folder, random_state=seed)
+    return {"train": train, "val": val, "test": test}
+
+
+def _read(path: Path, root: Path, classes: list[str]) -> dict[str, list[str]]:
+    try:
+        written = json.loads(path.read_text())
+        split = {name: [str(n) for n in written[name]] for name in ("train", "val", "test")}
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is no split file ({error!r}); delete it to draw the split again") from error
+    if written.get("classes") != classes:
+        raise ValueError(
+            f"{path} was drawn for the classes {written.get('classes')}, the folder has {classes}; delete it"
+        )
+    for name in [n for names in split.values() for n in names]:
+        if not inside(root, name).is_file() or name.split("/")[0] not in classes:
+            raise ValueError(
+                f"{path} lists {name}, which is not in a class folder of {root}; delete the file to draw again"
+            )
+    return split

@@ -1,0 +1,185 @@
+"""Fine-tune a timm backbone on one task: python -m vtab.train --task dsprites_loc --method lora --branches 2.
+
+The protocol: choose settings with --stage tune (train on 800, watch val200), then one run with the default
+--stage final (train on all 1,000), which looks at the test split once, after the last epoch.
+"""
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from filelock import FileLock, Timeout
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import capavision as cv
+from vtab import backbones, checkpoint, cli, record
+from vtab.config import Config, parse
+from vtab.data import open_task
+from vtab.evaluate import Preprocessing, accuracy, autocast, predict
+
+
+def main(argv: list[str] | None = None) -> dict[str, Any]:
+    """Train as the command line says, or go on where the same command stopped; returns result.json."""
+    config = parse(argv)
+    folder = config.folder()
+    record.claim(folder, config)
+    try:
+        with FileLock(folder / ".lock", blocking=False):
+            if (folder / "result.json").is_file():
+                print(f"{folder} is finished already; --name another, or delete it to train again")
+                done: dict[str, Any] = json.loads((folder / "result.json").read_text())
+                return done
+            return train(config, folder)
+    except Timeout:
+        raise ValueError(f"another process trains in {folder}; wait for it, or give this run another --name") from None
+
+
+def train(config: Config, folder: Path) -> dict[str, Any]:
+    """The whole run in `folder`: data, model, epochs, one evaluation, the files that record them."""
+    device = pick_device(config.device)
+    data = open_task(
+        config.task, config.data_root, seed=config.seed, partial=config.partial, split_file=config.split_file
+    )
+    base = backbones.resolve(config.model, config.weights, config.img_size, config.seed)
+    drop_path = {"drop_path_rate": config.drop_path} if config.drop_path else {}
+    model = base.build(len(data.classes), **drop_path)
+    preprocessing = Preprocessing.of(model, base)
+    targets = config.targets.split(",") if config.targets else None
+    report = cv.inject(model, config.method, targets, config.parts, seed=config.seed)
+    print(f"{report}\n{data.source}; {config.stage} run on {device}")
+    model.to(device)
+
+    training = data.splits["train" if config.stage == "tune" else "trainval"]
+    images = torch.from_numpy(training.decode(preprocessing.size)).to(device)
+    labels = torch.from_numpy(training.labels).to(device)
+    val = data.splits["val"] if config.stage == "tune" else None
+
+    def watch() -> dict[str, float]:
+        return {"val_accuracy": accuracy(predict(model, val, preprocessing), val.labels).percent} if val else {}
+
+    history = fit(model, images, labels, preprocessing.normalize, config, folder, watch)
+    info = {"task": data.task, "source": data.source, "preprocessing": preprocessing.record(), "stage": config.stage}
+    cv.save(model, folder / "adapter.safetensors", base=base, classes=data.classes, info=info)
+    return record.conclude(config, folder, data, model, report, history, preprocessing)
+
+
+def fit(
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    normalize: Callable[[Tensor], Tensor],
+    config: Config,
+    folder: Path,
+    watch: Callable[[], dict[str, float]] = dict,
+) -> list[dict[str, Any]]:
+    """All epochs, from the checkpoint on if there is one; returns one record an epoch.
+
+    Args:
+        images, labels: all training images, uint8 (n, H, W, 3), and their classes, on the model's device.
+        watch: more figures for an epoch's record.
+
+    Raises:
+        ValueError: the loss is not finite; the checkpoint of the last good epoch stays.
+    """
+    saved = folder / "checkpoint.safetensors"
+    fused = images.device.type == "cuda"
+    optimizer = torch.optim.AdamW(cv.parameters(model), lr=config.lr, weight_decay=config.weight_decay, fused=fused)
+    schedule = warmup_cosine(optimizer, config, -(-len(images) // config.batch_size))
+    history: list[dict[str, Any]] = []
+    if saved.is_file():
+        history = checkpoint.read(saved, model, optimizer)["history"]
+        print(f"resuming after epoch {len(history)} of {config.epochs}")
+    done, total = len(history) * len(images), config.epochs * len(images)
+    with tqdm(total=total, initial=done, unit="img", desc="train", mininterval=0.5) as bar:
+        for epoch in range(len(history), config.epochs):
+            row = run_epoch(model, images, labels, normalize, optimizer, schedule, config, epoch, bar)
+            if not row["finite"]:
+                raise ValueError(
+                    f"the loss is not finite at step {row['step']} of epoch {epoch + 1}; {folder} keeps epoch {epoch}; "
+                    f"a lower --lr than {config.lr} helps most, then --clip"
+                )
+            kept = ("epoch", "loss", "accuracy", "lr", "seconds")
+            history.append({key: row[key] for key in kept} | watch())
+            checkpoint.write(saved, model, optimizer, {"history": history})
+            record.write(folder / "metrics.jsonl", "".join(json.dumps(r) + "\n" for r in history))
+    return history
+
+
+def run_epoch(
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    normalize: Callable[[Tensor], Tensor],
+    optimizer: torch.optim.Optimizer,
+    schedule: Any,
+    config: Config,
+    epoch: int,
+    bar: Any,
+) -> dict[str, Any]:
+    """One pass over the training images; the losses stay on the device, so that a GPU is never waited for."""
+    # Seeded by epoch, so that a resumed run draws what an uninterrupted one would have drawn.
+    torch.manual_seed(config.seed * 1_000_003 + epoch)
+    batches = torch.randperm(len(images)).to(images.device).split(config.batch_size)
+    losses = torch.zeros(len(batches), device=images.device)
+    correct = torch.zeros((), device=images.device)
+    start, seen = time.perf_counter(), 0
+    model.train()
+    for step, chosen in enumerate(batches):
+        schedule.step_update(epoch * len(batches) + step)
+        with autocast(images.device):
+            logits = model(normalize(images[chosen]))
+            loss = F.cross_entropy(logits, labels[chosen])
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        if config.clip:
+            nn.utils.clip_grad_norm_(cv.parameters(model), config.clip)
+        optimizer.step()
+        losses[step] = loss.detach() * len(chosen)
+        correct += (logits.detach().argmax(1) == labels[chosen]).sum()
+        seen += len(chosen)
+        if step % 8 == 7 or seen == len(images):
+            bar.set_postfix(loss=f"{losses.sum().item() / seen:.3f}", acc=f"{100 * correct.item() / seen:.1f} %")
+        bar.update(len(chosen))
+    finite = losses.isfinite()
+    return {
+        "epoch": epoch + 1,
+        "loss": losses.sum().item() / seen,
+        "accuracy": 100 * correct.item() / seen,
+        "lr": optimizer.param_groups[0]["lr"],
+        "seconds": time.perf_counter() - start,
+        "finite": bool(finite.all()),
+        "step": 1 + int(finite.int().argmin()),
+    }
+
+
+def warmup_cosine(optimizer: torch.optim.Optimizer, config: Config, steps: int) -> Any:
+    """timm's schedule by step: up from 0 over the warm-up's share of all steps, then a cosine down to 0."""
+    from timm.scheduler import CosineLRScheduler
+
+    total = config.epochs * steps
+    rising = round(config.warmup * total)
+    return CosineLRScheduler(optimizer, t_initial=total, warmup_t=rising, warmup_lr_init=0.0, t_in_epochs=False)
+
+
+def pick_device(name: str | None) -> torch.device:
+    """The named device, else CUDA, Apple's GPU or the CPU, whichever is there.
+
+    Raises:
+        ValueError: a device that this machine does not have.
+    """
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    here = [kind for kind, found in there.items() if found]
+    if name is None:
+        return torch.device(here[0])
+    if name.partition(":")[0] not in here:
+        raise ValueError(f"--device {name} is not on this machine; here: {', '.join(here)}")
+    return torch.device(name)
+
+
+if __name__ == "__main__":
+    cli.run(main)
