@@ -107,9 +107,7 @@ def parity(
                 f"{tolerance:g}; nothing was written"
             )
         if (found.argmax(1) != expected.argmax(1)).any():
-            raise ValueError(
-                f"at batch {batch} ONNX Runtime and PyTorch disagree on top-1; nothing was written"
-            )
+            raise ValueError(f"at batch {batch} ONNX Runtime and PyTorch disagree on top-1; nothing was written")
         if error > WARN:
             print(f"warning: at batch {batch} the relative error is {error:.1e}", file=sys.stderr)
     return {"relative_error": errors, "tolerance": tolerance, "distance_to_base": _distance(model, runtime, tolerance)}
@@ -123,9 +121,7 @@ def _distance(model: nn.Module, runtime: Classifier, tolerance: float) -> float 
     base = cv.remove(copy.deepcopy(model))
     distance = relative_error(reference(base, runtime, pixels), reference(model, runtime, pixels))
     if distance < 10 * tolerance:
-        raise ValueError(
-            f"the adapter moves the logits by {distance:.1e} only, as if untrained; nothing was written"
-        )
+        raise ValueError(f"the adapter moves the logits by {distance:.1e} only, as if untrained; nothing was written")
     return distance
 
 

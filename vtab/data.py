@@ -4,6 +4,7 @@ Geometry: the whole image is resized to a square, bicubic, without a crop (the f
 uint8. Normalisation happens later, on the device.
 """
 
+import argparse
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -105,3 +106,28 @@ def open_task(
             f"lists; tasks that need none: {', '.join(generated.SOURCES)}"
         )
     return generated.SOURCES[task.id]()
+
+
+def main(argv: list[str] | None = None) -> Path:
+    """python -m vtab.data write: a task that needs no download, as files in the VTAB-1k layout."""
+    from vtab import lists
+
+    parser = argparse.ArgumentParser(prog="python -m vtab.data", description="Tasks as files.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    write = commands.add_parser("write", help="write a task in the VTAB-1k layout")
+    write.add_argument("--task", default="", help="dsprites_loc, dsprites_ori or digits")
+    write.add_argument("--data-root", type=Path, metavar="PATH", help="a folder of your own instead")
+    write.add_argument("--out", type=Path, required=True, metavar="DIR", help="the task becomes a folder in there")
+    write.add_argument("--test-limit", type=int, metavar="N", help="the first N test images only")
+    args = parser.parse_args(argv)
+    data = open_task(args.task, args.data_root)
+    folder: Path = args.out / data.task
+    lists.write_lists(data, folder, args.test_limit)
+    print(f"{folder}: {data.source}")
+    return folder
+
+
+if __name__ == "__main__":
+    from vtab.cli import run
+
+    run(main)

@@ -87,3 +87,23 @@ def _check_length(path: Path, found: int, expected: int | None) -> None:
         raise ValueError(
             f"{path} has {found} lines instead of {expected}; restore the list, or pass --partial to use it so"
         )
+
+
+def write_lists(data: Data, folder: Path, test_limit: int | None = None) -> None:
+    """Write a task as PNG files and lists in the layout above, so that anything that reads VTAB-1k reads it.
+
+    Raises:
+        ValueError: `folder` exists.
+    """
+    if folder.exists():
+        raise ValueError(f"{folder} exists; name another folder, or delete it first")
+    for split, file in LISTS.items():
+        chosen = data.splits[split].head(test_limit if split == "test" else None)
+        stem = file.removesuffix(".txt")
+        (folder / "images" / stem).mkdir(parents=True)
+        lines = []
+        for i, label in enumerate(chosen.labels):
+            name = f"images/{stem}/{i:06d}.png"
+            chosen.read(i).save(folder / name)
+            lines.append(f"{name} {label}\n")
+        (folder / file).write_text("".join(lines))
