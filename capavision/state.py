@@ -14,14 +14,13 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from capavision import host as hosting
 from capavision import masks
 from capavision.base import Base, differences, fingerprint
 from capavision.delta import Delta, Method
-from capavision.files import replacing
+from capavision.files import write_tensors
 from capavision.inject import RECORD, Injection, apply, injections
 from capavision.targets import near
 
@@ -68,9 +67,7 @@ def save(
         "classes": classes,
         "info": dict(info or {}),
     }
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in trained.items()}
-    with replacing(path) as temporary:
-        save_file(tensors, temporary, metadata={"capavision": json.dumps(metadata)})
+    write_tensors(path, trained, {"capavision": json.dumps(metadata)})
 
 
 def load(path: str | os.PathLike[str], model: nn.Module | None = None, *, check_base: bool = True) -> nn.Module:

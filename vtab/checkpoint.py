@@ -6,10 +6,9 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
-from capavision.files import replacing
+from capavision.files import write_tensors
 
 
 def write(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, progress: dict[str, Any]) -> None:
@@ -18,12 +17,10 @@ def write(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, progre
     Raises:
         OSError: the disk is full; the previous checkpoint stays.
     """
-    tensors = {f"model.{name}": p for name, p in model.named_parameters() if p.requires_grad}
+    tensors: dict[str, Tensor] = {f"model.{name}": p for name, p in model.named_parameters() if p.requires_grad}
     for index, state in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{index}.{key}": torch.as_tensor(value) for key, value in state.items()}
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    with replacing(path) as temporary:
-        save_file(tensors, temporary, metadata={"progress": json.dumps(progress)})
+    write_tensors(path, tensors, {"progress": json.dumps(progress)})
 
 
 @torch.no_grad()

@@ -1,0 +1,314 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+
+import capavision as cv
+from vtab import cli, train
+from vtab.config import Config, parse
+from vtab.data import Data, Split
+from vtab.evaluate import accuracy
+
+TINY = ["--model", "test_vit", "--weights", "random", "--img-size", "32"]
+TINY += ["--epochs", "2", "--batch-size", "125", "--rank", "2"]
+FILES = {"config.json", "metrics.jsonl", "adapter.safetensors", "curve.png", "predictions.png", "result.json", ".lock"}
+
+
+def run(out, *argv):
+    return train.main(["--task", "digits", *TINY, "--out", str(out), *argv])
+
+
+def refused(capsys, argv):
+    """The one line that a stranger sees, and exit code 2."""
+    with pytest.raises(SystemExit) as stop:
+        cli.run(lambda: train.main(argv))
+    assert stop.value.code == 2
+    said = capsys.readouterr().err.strip().splitlines()
+    assert len(said) == 1, said
+    return said[0]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """One finished run and its result."""
+    out = tmp_path_factory.mktemp("runs")
+    return out / "a", run(out, "--name", "a", "--branches", "2")
+
+
+def test_a_run_leaves_every_file_and_nothing_else(finished):
+    folder, result = finished
+    assert {path.name for path in folder.iterdir()} == FILES
+    assert json.loads((folder / "result.json").read_text()) == json.loads(json.dumps(result))
+    assert len((folder / "metrics.jsonl").read_text().splitlines()) == 2
+    for picture in ("curve.png", "predictions.png"):
+        assert (folder / picture).read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_record_says_what_was_done(finished):
+    _, result = finished
+    assert result["split"] == "test"
+    assert result["images"] == result["images_in_full_split"] == 797
+    assert result["selection"] == {"settings": "the command line", "epoch": "the last", "looks_at_test": 1}
+    assert result["data"]["splits"] == {"train": 800, "val": 200, "trainval": 1000, "test": 797}
+    assert result["config"]["method"] == {
+        "name": "lora", "branches": 2, "density": 0.5, "masks": "random", "rank": 2, "alpha": 8.0,
+    }  # fmt: skip
+    assert result["interval95"][0] < result["accuracy"] < result["interval95"][1]
+    assert result["environment"]["torch"] == torch.__version__
+
+
+def test_the_adapter_file_gives_back_the_tested_model(finished):
+    folder, result = finished
+    from vtab.data import open_task
+    from vtab.evaluate import Preprocessing, predict
+
+    model, about = cv.load(folder / "adapter.safetensors"), cv.describe(folder / "adapter.safetensors")
+    facts = about["info"]["preprocessing"]
+    test = open_task("digits").splits["test"]
+    found = predict(model, test, Preprocessing(facts["size"], tuple(facts["mean"]), tuple(facts["std"])))
+    assert accuracy(found, test.labels).percent == result["accuracy"]
+    assert about["classes"] == [str(d) for d in range(10)]
+
+
+def test_a_finished_run_is_not_trained_again(finished, capsys):
+    folder, result = finished
+    before = (folder / "adapter.safetensors").stat().st_mtime_ns
+    again = run(folder.parent, "--name", "a", "--branches", "2")
+    assert again == json.loads(json.dumps(result))
+    assert (folder / "adapter.safetensors").stat().st_mtime_ns == before
+    assert "finished already" in capsys.readouterr().out
+
+
+def test_other_settings_in_the_same_folder_are_refused(finished, capsys):
+    folder, _ = finished
+    said = refused(capsys, ["--task", "digits", *TINY, "--out", str(folder.parent), "--name", "a", "--lr", "0.5"])
+    assert "holds a run with another lr, method" in said
+
+
+def test_a_folder_that_is_no_run_is_left_alone(tmp_path, capsys):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("years of work")
+    said = refused(capsys, ["--task", "digits", *TINY, "--out", str(tmp_path), "--name", "mine"])
+    assert "exists and is no run of ours" in said
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
+
+
+def test_the_same_seed_gives_the_same_numbers_and_another_seed_others(finished, tmp_path):
+    _, result = finished
+    same = run(tmp_path, "--name", "a", "--branches", "2")
+    other = run(tmp_path, "--name", "b", "--branches", "2", "--seed", "1")
+    one, two, three = (
+        [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        for folder in (finished[0], tmp_path / "a", tmp_path / "b")
+    )
+    assert one == two
+    assert same["accuracy"] == result["accuracy"]
+    assert one != three
+    assert other["config"]["seed"] == 1
+
+
+def test_tuning_never_reads_a_test_image(tmp_path, monkeypatch):
+    def open_guarded(*args, **kwargs):
+        data = original(*args, **kwargs)
+
+        def read(index):
+            raise AssertionError("the test split was read")
+
+        test = data.splits["test"]
+        return Data(data.task, data.classes, {**data.splits, "test": Split(test.labels, read, test.names)}, data.source)
+
+    original = train.open_task
+    monkeypatch.setattr(train, "open_task", open_guarded)
+    result = run(tmp_path, "--stage", "tune", "--name", "a")
+    assert result["split"] == "val"
+    assert result["images"] == 200
+    assert result["selection"]["looks_at_test"] == 0
+    rows = [json.loads(line) for line in (tmp_path / "a" / "metrics.jsonl").read_text().splitlines()]
+    assert rows[-1]["val_accuracy"] == result["accuracy"]
+    with pytest.raises(AssertionError, match="the test split was read"):  # the guard itself works
+        run(tmp_path, "--name", "b")
+
+
+def test_training_learns_and_beats_the_head_alone(tmp_path):
+    settings = ["--epochs", "6", "--batch-size", "50", "--lr", "5e-3", "--drop-path", "0", "--test-limit", "200"]
+    adapted = run(tmp_path, *settings, "--targets", "linear", "--name", "lora")
+    argv = ["--task", "digits", "--model", "test_vit", "--weights", "random", "--img-size", "32", *settings]
+    head = train.main([*argv, "--method", "linear_probe", "--out", str(tmp_path), "--name", "head"])
+    assert adapted["accuracy"] > head["accuracy"] + 5
+    assert head["trained_parameters"] == 0
+
+
+def test_a_run_killed_at_any_epoch_ends_as_if_it_never_stopped(tmp_path):
+    """A real process, killed with SIGKILL in the middle, then the same command again."""
+    argv = ["--task", "digits", *TINY, "--epochs", "6", "--batch-size", "25", "--test-limit", "50"]
+    train.main([*argv, "--out", str(tmp_path / "whole"), "--name", "a"])
+    command = [sys.executable, "-m", "vtab.train", *argv, "--out", str(tmp_path / "killed"), "--name", "a"]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    metrics = tmp_path / "killed" / "a" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not metrics.is_file() and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    done = len(metrics.read_text().splitlines())
+    assert 0 < done < 6, "the process was not killed in the middle, so this test would prove nothing"
+    resumed = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
+    assert "resuming after epoch" in resumed.stdout
+    whole, killed = (json.loads((tmp_path / name / "a" / "result.json").read_text()) for name in ("whole", "killed"))
+    assert whole["accuracy"] == killed["accuracy"]
+    losses = [
+        [json.loads(row)["loss"] for row in (tmp_path / name / "a" / "metrics.jsonl").read_text().splitlines()]
+        for name in ("whole", "killed")
+    ]
+    assert losses[0] == losses[1]
+    files = [tmp_path / name / "a" / "adapter.safetensors" for name in ("whole", "killed")]
+    models = [cv.load(file) for file in files]
+    for (name, one), two in zip(models[0].named_parameters(), models[1].parameters(), strict=True):
+        assert torch.equal(one, two), name
+    assert {path.name for path in (tmp_path / "killed" / "a").iterdir()} == FILES
+
+
+def test_ctrl_c_stops_with_a_line_and_the_run_goes_on_later(tmp_path, monkeypatch, capsys):
+    original = train.run_epoch
+
+    def interrupted(*args):
+        if args[7] == 1:
+            raise KeyboardInterrupt
+        return original(*args)
+
+    argv = ["--task", "digits", *TINY, "--out", str(tmp_path), "--name", "a"]
+    monkeypatch.setattr(train, "run_epoch", interrupted)
+    with pytest.raises(SystemExit) as stop:
+        cli.run(lambda: train.main(argv))
+    assert stop.value.code == 130
+    assert "the same command goes on" in capsys.readouterr().err
+    monkeypatch.setattr(train, "run_epoch", original)
+    assert train.main(argv)["images"] == 797
+    assert "resuming after epoch 1 of 2" in capsys.readouterr().out
+
+
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_epoch(tmp_path, monkeypatch, capsys):
+    argv = ["--task", "digits", *TINY, "--epochs", "3", "--out", str(tmp_path), "--name", "a"]
+    original, calls = train.F.cross_entropy, []
+
+    def breaks_in_the_second_epoch(*args):
+        calls.append(1)
+        return original(*args) * (float("nan") if len(calls) == 8 + 3 else 1)
+
+    monkeypatch.setattr(train.F, "cross_entropy", breaks_in_the_second_epoch)
+    with pytest.raises(SystemExit) as stop:
+        cli.run(lambda: train.main(argv))
+    assert stop.value.code == 2
+    said = capsys.readouterr().err
+    assert "not finite at step 3 of epoch 2" in said
+    assert "keeps epoch 1" in said
+    monkeypatch.undo()
+    train.main(argv)
+    assert "resuming after epoch 1 of 3" in capsys.readouterr().out
+
+
+def test_a_full_disk_is_one_line_and_loses_no_epoch(tmp_path, finished):
+    """A file size limit stands in for the full disk: the second checkpoint does not fit."""
+    resource = pytest.importorskip("resource")
+    argv = ["--task", "digits", *TINY, "--rank", "64", "--out", str(tmp_path), "--name", "a"]
+
+    def limit():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
+
+    command = [sys.executable, "-m", "vtab.train", *argv]
+    full = subprocess.run(command, preexec_fn=limit, capture_output=True, text=True, check=False)
+    assert full.returncode == 2, full.stderr
+    assert full.stderr.strip().splitlines()[-1].startswith("error: ")
+    assert "Traceback" not in full.stderr
+    assert not list((tmp_path / "a").glob(".*.part*"))
+    assert train.main(argv)["images"] == 797
+
+
+def test_two_processes_cannot_train_in_one_folder(tmp_path, capsys):
+    from filelock import FileLock
+
+    argv = ["--task", "digits", *TINY, "--out", str(tmp_path), "--name", "a"]
+    (tmp_path / "a").mkdir()
+    train.record.claim(tmp_path / "a", parse(argv))
+    with FileLock(tmp_path / "a" / ".lock"):
+        assert "another process trains in" in refused(capsys, argv)
+
+
+REFUSED = {
+    "no task": ([], "name a task"),
+    "task": (["--task", "digit"], "unknown task 'digit'; did you mean 'digits'"),
+    "model": (["--task", "digits", "--model", "vit_tinny_patch16_224"], "did you mean 'vit_tiny_patch16_224'"),
+    "method": (["--task", "digits", "--method", "lorra"], "unknown method 'lorra'; did you mean 'lora'?"),
+    "target": (["--task", "digits", "--targets", "qkw"], "no module matches 'qkw'; did you mean 'qkv'"),
+    "rank": (["--task", "digits", "--rank", "0"], "rank=0 must be a whole number of at least 1"),
+    "density": (["--task", "digits", "--branches", "2", "--density", "-0.5"], "density=-0.5 must lie in (0, 1]"),
+    "2:4 branches": (["--task", "digits", "--branches", "3", "--masks", "2:4"], "branches 1 or even"),
+    "2:4 rank": (["--task", "digits", "--branches", "2", "--masks", "2:4", "--rank", "6"], "blocks.0.attn.qkv"),
+    "epochs": (["--task", "digits", "--epochs", "0"], "--epochs 0 must be at least 1"),
+    "lr": (["--task", "digits", "--lr", "-1"], "--lr -1.0 must lie in"),
+    "stage": (["--task", "digits", "--stage", "test"], "choose final or tune"),
+    "device": (["--task", "digits", "--device", "tpu"], "--device tpu is not on this machine; here: "),
+    "demo size": (["--task", "digits", "--model", "demo", "--img-size", "50"], "choose a multiple"),
+    "weights": (["--task", "digits", "--weights", "model.pt"], "not a .safetensors file here"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_mistake_is_one_line_that_names_the_cure(case, tmp_path, capsys):
+    argv, message = REFUSED[case]
+    defaults = [] if "--model" in argv else ["--model", "test_vit", "--img-size", "32"]
+    defaults += [] if "--weights" in argv else ["--weights", "random"]
+    assert message in refused(capsys, [*argv, *defaults, "--out", str(tmp_path)])
+
+
+def test_absent_pretrained_weights_name_the_choices(tmp_path, capsys, monkeypatch):
+    import timm
+
+    def offline(*args, **kwargs):
+        raise OSError("We couldn't connect to the hub")
+
+    monkeypatch.setattr(timm, "create_model", offline)
+    said = refused(capsys, ["--task", "digits", "--model", "vit_tiny_patch16_224", "--out", str(tmp_path)])
+    for choice in ("reaches the Hugging Face hub", "--weights FILE", "--weights random", "--model demo"):
+        assert choice in said
+
+
+def test_a_command_line_is_the_dataclasses(tmp_path):
+    config = parse(["--task", "digits", "--method", "adapter", "--rank", "4", "--where", "houlsby", "--scale", "2"])
+    assert config.method == cv.Adapter(rank=4, where="houlsby", scale=2.0)
+    assert config.epochs == Config(task="digits").epochs
+    with pytest.raises(SystemExit):
+        parse(["--task", "digits", "--method", "linear_probe", "--rank", "4"])
+
+
+@pytest.mark.parametrize("config", [Config, *cv.Method.known.values()], ids=lambda c: c.__name__)
+def test_every_field_is_explained_so_that_it_is_a_flag(config):
+    from dataclasses import fields
+
+    explained = cli.field_docs(config)
+    assert {f.name for f in fields(config)} - {"method"} == explained.keys() - {"method"}
+
+
+def test_the_interval_is_wilsons():
+    score = accuracy(np.eye(2)[[0] * 90 + [1] * 10], np.zeros(100, int))
+    assert score.percent == 90
+    assert score.interval == pytest.approx((82.56, 94.48), abs=0.01)  # Wilson (1927) at n = 100, p = 0.9
+
+
+def test_own_weights_are_taken_from_a_safetensors_file(tmp_path):
+    from safetensors.torch import save_file
+
+    source = cv.Base("test_vit", "random", 32, seed=5).build(3)
+    save_file(
+        {k: v for k, v in source.state_dict().items() if not k.startswith("head.")}, tmp_path / "mine.safetensors"
+    )
+    run(tmp_path, "--name", "a", "--weights", str(tmp_path / "mine.safetensors"), "--test-limit", "5")
+    model = cv.load(tmp_path / "a" / "adapter.safetensors")
+    assert torch.equal(cv.remove(model).blocks[0].mlp.fc1.weight, source.blocks[0].mlp.fc1.weight)
