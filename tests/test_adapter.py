@@ -1,0 +1,382 @@
+"""Adapters against a slow reference: a loop over branches, the non-linearity inside each, b_U outside the sum."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import capavision as cv
+from capavision.delta import Site
+from capavision.inject import injections
+from capavision.masks import KINDS, stream
+from tests.conftest import assert_moved, assert_unchanged, awaken, create, images, outputs, seeded, snapshot, twin
+
+EXACT = {"rtol": 1e-12, "atol": 1e-12}  # float64
+SIGMA = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu, "tanh": torch.tanh}
+SETTINGS = [
+    cv.Adapter(rank=4),
+    cv.Adapter(rank=4, density=0.5, activation="gelu", scale=0.3),
+    cv.Adapter(rank=4, branches=2, activation="silu"),
+    cv.Adapter(rank=3, branches=4, density=0.25, activation="tanh", scale=2.0),
+    cv.Adapter(rank=4, branches=2, masks="complementary"),
+    cv.Adapter(rank=2, branches=3, masks="complementary", activation="gelu"),
+    cv.Adapter(rank=4, branches=2, masks="2:4", where="parallel"),
+]
+each_setting = pytest.mark.parametrize("method", SETTINGS, ids=str)
+
+
+def site(n_out=8, n_in=8, axis=-1):
+    return Site("block", n_out, n_in, 0, torch.empty(0, dtype=torch.float64), axis)
+
+
+def awake(method, at):
+    delta = method.build(at)
+    with torch.no_grad():
+        for seed, p in enumerate((delta.U.value, delta.b_D, delta.b_U)):
+            p.copy_(seeded(lambda p=p: torch.randn_like(p), seed))
+    return delta
+
+
+def drawn(method, factor, shape, name="block"):
+    if method.density == 1:
+        return torch.ones(1, *shape, dtype=torch.float64)
+    draw = lambda branch, count: stream(f"0/{name}/{factor}/{branch}", count)  # noqa: E731
+    return torch.from_numpy(KINDS[method.masks](shape, method.branches, method.density, draw)).double()
+
+
+class TiedCopies:
+    """One dense bottleneck per branch on (…, channels); b_U is added once, for it belongs to the sum."""
+
+    def __init__(self, method, delta, at):
+        self.config = method
+        self.N = drawn(method, "D", (method.rank, at.n_in), at.name)
+        self.M = drawn(method, "U", (at.n_out, method.rank), at.name)
+        self.downs = [(delta.D.value * n).detach().requires_grad_() for n in self.N]
+        self.ups = [(delta.U.value * m).detach().requires_grad_() for m in self.M]
+        self.starts = [delta.b_D.detach().clone().requires_grad_() for _ in self.N]
+        self.end = delta.b_U.detach().clone().requires_grad_()
+
+    def __call__(self, h):
+        total = torch.zeros((), dtype=h.dtype)
+        for down, start, up in zip(self.downs, self.starts, self.ups, strict=True):
+            total = total + SIGMA[self.config.activation](h @ down.T + start) @ up.T
+        return self.config.scale * (total + self.end)
+
+    def gradients(self):
+        dD = sum(down.grad * n for down, n in zip(self.downs, self.N, strict=True))
+        dU = sum(up.grad * m for up, m in zip(self.ups, self.M, strict=True))
+        return dD, sum(start.grad for start in self.starts), dU, self.end.grad
+
+
+@each_setting
+def test_values_and_gradients_are_those_of_tied_copies(method):
+    at = site()
+    delta = awake(method, at)
+    copies = TiedCopies(method, delta, at)
+    h = seeded(lambda: torch.randn(2, 5, 8, dtype=torch.float64))
+    ours, theirs = h.clone().requires_grad_(), h.clone().requires_grad_()
+    weights = seeded(lambda: torch.randn(2, 5, 8, dtype=torch.float64), 1)
+    y, expected = delta(ours, ours), copies(theirs)
+    (y * weights).sum().backward()
+    (expected * weights).sum().backward()
+    assert_moved(y, torch.zeros_like(y))
+    torch.testing.assert_close(y, expected, **EXACT)
+    torch.testing.assert_close(ours.grad, theirs.grad, **EXACT)
+    got = (delta.D.value.grad, delta.b_D.grad, delta.U.value.grad, delta.b_U.grad)
+    for gradient, reference in zip(got, copies.gradients(), strict=True):
+        assert reference.abs().max() > 1e-3
+        torch.testing.assert_close(gradient, reference, **EXACT)
+
+
+def test_every_entry_by_hand():
+    """Loops over i, o, k, c as the equation is printed, sigma = tanh."""
+    at, method = site(3, 4), cv.Adapter(rank=2, branches=2, where="parallel", activation="tanh", scale=0.7)
+    delta = awake(method, at)
+    D, b_D, U, b_U = (t.tolist() for t in (delta.D.value, delta.b_D, delta.U.value, delta.b_U))
+    N, M = drawn(method, "D", (2, 4)).tolist(), drawn(method, "U", (3, 2)).tolist()
+    h = [0.3, -1.2, 0.8, 2.0]
+    expected = []
+    for o in range(3):
+        total = b_U[o]
+        for i in range(2):
+            for k in range(2):
+                inner = sum(D[k][c] * N[i][k][c] * h[c] for c in range(4)) + b_D[k]
+                total += U[o][k] * M[i][o][k] * math.tanh(inner)
+        expected.append(0.7 * total)
+    x = torch.tensor([h], dtype=torch.float64)
+    torch.testing.assert_close(delta(x, x), torch.tensor([expected], dtype=torch.float64), **EXACT)
+
+
+def test_the_bias_after_the_sum_is_added_once():
+    delta = cv.Adapter(rank=4, branches=4, scale=0.5).build(site())
+    with torch.no_grad():
+        delta.b_U.fill_(3.0)
+    h = torch.randn(2, 8, dtype=torch.float64)
+    assert (delta(h, h) == 1.5).all()
+
+
+def test_one_full_branch_is_a_plain_bottleneck():
+    delta = awake(cv.Adapter(rank=4, activation="gelu"), site())
+    down, up = nn.Linear(8, 4).double(), nn.Linear(4, 8).double()
+    down.load_state_dict({"weight": delta.D.value, "bias": delta.b_D})
+    up.load_state_dict({"weight": delta.U.value, "bias": delta.b_U})
+    h = torch.randn(2, 8, dtype=torch.float64)
+    torch.testing.assert_close(delta(h, h), up(F.gelu(down(h))), **EXACT)
+
+
+@each_setting
+def test_the_start_is_d_uniform_and_the_rest_zero(method):
+    delta = method.build(site(64, 256))
+    bound = 256**-0.5
+    assert delta.D.value.abs().max() <= bound
+    assert delta.D.value.max() > 0.9 * bound
+    assert all((p == 0).all() for p in (delta.U.value, delta.b_D, delta.b_U))
+
+
+@each_setting
+@pytest.mark.parametrize("axis", [1, -1])
+def test_images_are_adapted_along_their_channel_axis(method, axis):
+    at = site(axis=axis)
+    delta = awake(method, at)
+    h = seeded(lambda: torch.randn(2, 3, 5, 8, dtype=torch.float64))
+    expected = TiedCopies(method, delta, at)(h)
+    if axis == 1:
+        h, expected = h.movedim(-1, 1), expected.movedim(-1, 1)
+    torch.testing.assert_close(delta(h, h), expected, **EXACT)
+
+
+@each_setting
+@pytest.mark.parametrize("axis", [1, -1])
+def test_folded_is_the_same_function_dense_and_as_wide_as_all_branches(method, axis):
+    delta = awake(method, site(axis=axis))
+    folded = delta.folded()
+    x, y = (seeded(lambda: torch.randn(2, 8, 4, 8, dtype=torch.float64), seed) for seed in (0, 1))
+    torch.testing.assert_close(folded(x, y), delta(x, y), **EXACT)
+    assert folded.D.mask is None
+    assert folded.U.mask is None
+    assert folded.D.value.shape == (method.branches * method.rank, 8)
+    assert folded.U.value.shape == (8, method.branches * method.rank)
+    assert folded.b_D.shape == (method.branches * method.rank,)
+    shared = {p.data_ptr() for p in delta.parameters()} & {p.data_ptr() for p in folded.parameters()}
+    assert not shared
+    torch.testing.assert_close(folded.folded()(x, y), delta(x, y), **EXACT)
+
+
+@pytest.mark.parametrize(("where", "reads"), [("pfeiffer", "y"), ("houlsby", "y"), ("parallel", "x")])
+def test_parallel_reads_the_input_and_the_others_the_output(where, reads):
+    at, method = site(), cv.Adapter(rank=4, branches=2, where=where)
+    delta = awake(method, at)
+    given = {name: seeded(lambda: torch.randn(2, 8, dtype=torch.float64), i) for i, name in enumerate("xy")}
+    torch.testing.assert_close(delta(**given), TiedCopies(method, delta, at)(given[reads]), **EXACT)
+
+
+def test_parallel_serves_blocks_that_change_the_width():
+    at, method = site(12, 8), cv.Adapter(rank=4, where="parallel")
+    delta = awake(method, at)
+    x, y = torch.randn(2, 8, dtype=torch.float64), torch.randn(2, 12, dtype=torch.float64)
+    torch.testing.assert_close(delta(x, y), TiedCopies(method, delta, at)(x), **EXACT)
+
+
+PLACES = [
+    ("pfeiffer", ["blocks.0", "blocks.1"]),
+    ("houlsby", ["blocks.0.attn", "blocks.1.attn", "blocks.0.mlp", "blocks.1.mlp"]),
+    ("parallel", ["blocks.0.mlp", "blocks.1.mlp"]),
+]
+
+
+@pytest.mark.parametrize(("where", "hosts"), PLACES)
+def test_default_hosts_are_the_papers(vit, where, hosts):
+    report = cv.inject(vit, cv.Adapter(rank=4, where=where))
+    assert sorted(report.hosts) == sorted(hosts)
+    assert report.trained == len(hosts) * (4 * (48 + 48 + 1) + 48)
+
+
+@pytest.mark.parametrize(("where", "hosts"), PLACES)
+def test_an_adapted_block_adds_the_reference_to_what_it_returned(vit, where, hosts):
+    plain = twin(awaken(vit).double())
+    method = cv.Adapter(rank=4, where=where, branches=2)
+    cv.inject(vit, method)
+    awaken(vit, 1)
+    x = seeded(lambda: torch.randn(2, 17, 48, dtype=torch.float64))
+    for name in hosts:
+        host, base = vit.get_submodule(name), plain.get_submodule(name)
+        y = base(x)
+        copies = TiedCopies(method, host.delta, Site(name, 48, 48, 0, torch.empty(0)))
+        expected = y + copies(x if where == "parallel" else y)
+        assert_moved(expected, y)
+        torch.testing.assert_close(host(x), expected, **EXACT)
+
+
+def test_houlsby_stays_inside_the_residual(vit):
+    """x + (f + Δ(f)) on both halves of a pre-norm block, by hand."""
+    cv.inject(awaken(vit).double(), cv.Adapter(rank=4, where="houlsby"))
+    awaken(vit, 1)
+    block = vit.blocks[0]
+    plain = cv.remove(twin(vit)).blocks[0]
+    x = seeded(lambda: torch.randn(2, 17, 48, dtype=torch.float64))
+    f = plain.attn(plain.norm1(x))
+    middle = x + f + block.attn.delta(None, f)
+    f = plain.mlp(plain.norm2(middle))
+    torch.testing.assert_close(block(x), middle + f + block.mlp.delta(None, f), **EXACT)
+
+
+def test_targets_replace_the_hosts_and_where_keeps_its_reading(vit):
+    report = cv.inject(vit, cv.Adapter(rank=4, where="parallel"), targets="attn")
+    assert report.hosts == ("blocks.0.attn", "blocks.1.attn")
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "where", "axis"),
+    [
+        ("test_convnext", 64, "pfeiffer", 1),  # its blocks take (B, C, H, W)
+        ("test_convnext", 64, "parallel", -1),  # and its MLPs (B, H, W, C)
+        ("swin_tiny_patch4_window7_224", 64, "pfeiffer", -1),
+        ("swin_tiny_patch4_window7_224", 64, "parallel", -1),
+        ("poolformerv2_s12", 64, "parallel", 1),
+        ("test_vit", 64, "pfeiffer", -1),
+    ],
+)
+def test_the_channel_axis_is_seen_in_a_forward_pass(name, size, where, axis):
+    kwargs = {"img_size": size} if "patch" in name or name == "test_vit" else {}
+    small = {"embed_dim": 24, "depths": (1, 1, 2, 1), "window_size": 4} if "swin" in name else {}
+    model, x = awaken(create(name, **kwargs, **small)), images(size)
+    plain = outputs(model, x)
+    report = cv.inject(model, cv.Adapter(rank=2, where=where), example=x)
+    placed = injections(model)[0].axes
+    assert {a for _, _, a in placed.values()} == {axis}
+    assert report.trained == sum(2 * (c_in + c_out + 1) + c_out for c_out, c_in, _ in placed.values())
+    assert torch.equal(outputs(model, x), plain)
+    awaken(model, 1)
+    assert_moved(outputs(model, x), plain)
+
+
+def test_without_an_example_the_model_tells_its_input_size(vit):
+    cv.inject(vit, cv.Adapter(rank=2))
+    assert set(injections(vit)[0].axes.values()) == {(48, 48, -1)}
+
+
+class Square(nn.Module):
+    """A block whose 8 channels look like its sides of 8 pixels."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Conv2d(8, 8, 3, padding=1)
+
+    def forward(self, x):
+        return self.body(x)
+
+
+def test_an_axis_that_cannot_be_told_is_refused_until_an_example_tells():
+    model = Square()
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=r"body: cannot tell the channel axis of its output \(1, 8, 8, 8\); pass exa"):
+        cv.inject(model, cv.Adapter(rank=2), "body", example=torch.zeros(1, 8, 8, 8))
+    assert_unchanged(model, before)
+    assert cv.inject(model, cv.Adapter(rank=2), "body", example=torch.zeros(1, 8, 6, 6)).trained == 2 * 17 + 8
+    assert injections(model)[0].axes == {"body": (8, 8, 1)}
+
+
+class Tupled(nn.Module):
+    """A block that returns its output and something else, as attention modules do."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = Pair()
+
+    def forward(self, x):
+        return self.body(x, scale=2.0)[0]
+
+
+class Pair(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.proj = nn.Linear(6, 6)
+
+    def forward(self, x, scale=1.0):
+        return self.proj(x) * scale, "attention map"
+
+
+def test_a_block_that_returns_a_tuple_keeps_its_other_outputs():
+    model, x = Tupled(), torch.randn(3, 6)
+    plain = model(x)
+    cv.inject(model, cv.Adapter(rank=2), "body", example=x)
+    awaken(model)
+    y, rest = model.body(x, scale=2.0)
+    assert rest == "attention map"
+    assert_moved(y, plain)
+    torch.testing.assert_close(y, plain + model.body.delta(x, plain))
+
+
+def test_measuring_leaves_modes_and_hooks_alone(vit):
+    vit.train()
+    vit.blocks[0].eval()
+    before = snapshot(vit)
+    with pytest.raises(ValueError, match="cannot tell|example|did not run|dead"):
+        cv.inject(vit, cv.Adapter(rank=2), "*")  # ModuleLists and the like never run
+    assert_unchanged(vit, before)
+    cv.inject(vit, cv.Adapter(rank=2))
+    assert vit.training
+    assert not vit.blocks[0].training
+    assert snapshot(vit)["hooks"].keys() >= before["hooks"].keys()
+    assert sum(snapshot(vit)["hooks"].values()) == sum(before["hooks"].values())
+
+
+def test_a_failing_forward_pass_leaves_the_model_alone(vit):
+    vit.train()
+    before = snapshot(vit)
+    with pytest.raises(AssertionError, match="Input height"):
+        cv.inject(vit, cv.Adapter(rank=2), example=torch.zeros(1, 3, 30, 30))
+    assert_unchanged(vit, before)
+
+
+@pytest.mark.parametrize(
+    ("refused", "match"),
+    [
+        ({"rank": 0}, "rank=0 must be a whole number of at least 1"),
+        ({"rank": 2.5}, r"rank=2\.5 must be a whole number"),
+        ({"where": "sequential"}, "where='sequential' is unknown; choose one of pfeiffer, houlsby, parallel"),
+        ({"activation": "swish"}, "activation='swish' is unknown; choose one of relu, gelu, silu, tanh"),
+        ({"branches": 3, "masks": "2:4"}, "branches 1 or even"),
+        ({"density": 2.0}, r"density=2\.0 must lie in"),
+    ],
+)
+def test_settings_that_cannot_be_served_are_refused(refused, match):
+    assert cv.Adapter().rank == 32
+    with pytest.raises(ValueError, match=match):
+        cv.Adapter(**refused)
+
+
+class Plain(nn.Module):
+    """Says nothing about its input and has no MLP."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Linear(6, 6)
+        self.spare = nn.Linear(6, 6)
+
+    def forward(self, x):
+        return self.body(x)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "match"),
+    [
+        ({"targets": "body", "parts": "q", "example": torch.zeros(1, 6)}, "acts on whole blocks, which have no rows"),
+        (
+            {"targets": "spare", "example": torch.zeros(1, 6)},
+            "spare did not run in the model's forward pass, so an ada",
+        ),
+        ({"targets": "body"}, "the model does not tell its input size; pass example="),
+        ({"example": torch.zeros(1, 6)}, "Plain has no default host for Adapter; name targets"),
+        ({"targets": "bodi", "example": torch.zeros(1, 6)}, "no module matches 'bodi'; did you mean 'body'"),
+    ],
+)
+def test_hosts_that_cannot_be_served_are_refused(kwargs, match):
+    model = Plain()
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=match):
+        cv.inject(model, cv.Adapter(rank=2), **kwargs)
+    assert_unchanged(model, before)
+    assert cv.inject(model, cv.Adapter(rank=2), "body", example=torch.zeros(1, 6)).trained == 2 * 13 + 6

@@ -1,0 +1,268 @@
+import json
+import subprocess
+import sys
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from PIL import Image
+
+import capavision as cv
+from export import __main__ as export_command
+from export import bench, cli, predict, verify
+from export.graph import folded, to_onnx
+from export.package import Source, build
+from export.runtime import Classifier, random_pixels, relative_error
+from vtab.data import file_split
+
+METHODS = {
+    "lora": cv.LoRA(rank=4, branches=2),
+    "adapter": cv.Adapter(rank=4, branches=2, masks="complementary"),
+    "parallel adapter": cv.Adapter(rank=4, where="parallel", activation="gelu"),
+}
+INFO = {"task": "toy", "preprocessing": {"size": 32, "mean": [0.5, 0.4, 0.3], "std": [0.2, 0.3, 0.4]}}
+CLASSES = ["ant", "bee", "cow"]
+
+
+def awaken(model, seed=0):
+    rng = torch.Generator().manual_seed(seed)
+    for p in cv.parameters(model):
+        if p.abs().max() < 1e-3:
+            torch.nn.init.normal_(p.data, std=0.1, generator=rng)
+
+
+def adapter_file(path, method, name="test_vit", trained=True):
+    base = cv.Base(name, "random", 32)
+    model = base.build(len(CLASSES))
+    cv.inject(model, method)
+    if trained:
+        awaken(model)
+    cv.save(model, path, base=base, classes=CLASSES, info=INFO)
+    return path
+
+
+@pytest.fixture(scope="module", params=METHODS)
+def package(request, tmp_path_factory):
+    """(adapter file, package) of each method."""
+    folder = tmp_path_factory.mktemp("export")
+    file = adapter_file(folder / "adapter.safetensors", METHODS[request.param])
+    export_command.main([str(file), "--out", str(folder / "package")])
+    return file, folder / "package"
+
+
+@pytest.fixture(scope="module")
+def merged(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("merged")
+    file = adapter_file(folder / "adapter.safetensors", METHODS["lora"])
+    build(Source.open(file), folder / "package")
+    return file, folder / "package"
+
+
+@pytest.fixture
+def copied(merged, tmp_path):
+    """A package that a test may spoil."""
+    for path in merged[1].iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    return tmp_path
+
+
+def refused(capsys, main, *argv):
+    with pytest.raises(SystemExit) as stop:
+        cli.run(lambda: main([str(a) for a in argv]))
+    assert stop.value.code == 2
+    said = capsys.readouterr().err.strip().splitlines()
+    assert len(said) == 1, said
+    return said[0]
+
+
+def test_the_package_computes_what_the_unfolded_model_computes(package):
+    file, folder = package
+    model, runtime = cv.load(file).eval(), Classifier(folder)
+    base = cv.remove(cv.load(file)).eval()
+    for batch in (1, 2, 7):
+        pixels = random_pixels(40 + batch, batch, 32)
+        with torch.inference_mode():
+            expected, plain = (m(torch.from_numpy(runtime.normalize(pixels))).numpy() for m in (model, base))
+        assert relative_error(plain, expected) > 1e-2, "the delta moved nothing, so this test would prove nothing"
+        assert relative_error(runtime.logits(pixels), expected) < 1e-5
+
+
+def test_a_lora_merges_into_the_plain_models_graph(merged):
+    file, folder = merged
+    plain = to_onnx(cv.remove(cv.load(file)).float().eval(), 32, {})
+    graph = onnx.load(folder / "model.onnx").graph
+    assert [n.op_type for n in graph.node] == [n.op_type for n in plain.graph.node]
+
+
+def test_an_adapter_folds_into_one_bottleneck_of_width_branches_times_rank(tmp_path):
+    file = adapter_file(tmp_path / "a.safetensors", METHODS["adapter"])
+    dense = folded(cv.load(file))
+    widths = {name: p.shape for name, p in dense.named_parameters() if ".delta." in name}
+    assert widths["blocks.0.delta.D.value"] == (8, 64)
+    assert widths["blocks.0.delta.U.value"] == (64, 8)
+    proto = to_onnx(dense, 32, {})
+    assert not {"Where", "Cast"} & {n.op_type for n in proto.graph.node}, "a mask stayed in the graph"
+
+
+def test_the_package_is_complete_and_says_what_it_is(package):
+    _, folder = package
+    assert {p.name for p in folder.iterdir()} == {
+        "model.onnx", "config.json", "preprocessor_config.json", "manifest.json",
+    }  # fmt: skip
+    config, manifest = (json.loads((folder / f"{name}.json").read_text()) for name in ("config", "manifest"))
+    assert config["id2label"] == {"0": "ant", "1": "bee", "2": "cow"}
+    assert set(manifest["parity"]["relative_error"]) == {"1", "2", "3", "5"}
+    assert manifest["parity"]["distance_to_base"] > 1e-3
+    proto = onnx.load(folder / "model.onnx")
+    assert [i.name for i in proto.graph.input] == ["pixel_values"]
+    assert [o.name for o in proto.graph.output] == ["logits"]
+    assert proto.graph.input[0].type.tensor_type.shape.dim[0].dim_param == "batch"
+
+
+def test_no_path_of_this_machine_is_in_any_exported_byte(package):
+    home = str(cv.__file__).rsplit("/", 2)[0].encode()
+    for path in package[1].iterdir():
+        content = path.read_bytes()
+        assert home not in content, path.name
+        assert b"site-packages" not in content, path.name
+        assert b".py" not in content, path.name
+
+
+def test_verify_passes_and_predict_agrees_with_pytorch(package, tmp_path, capsys):
+    file, folder = package
+    assert verify.main([str(folder)]) < 1e-5
+    rng = np.random.default_rng(0)
+    names = [f"{i}.png" for i in range(3)]
+    for name in names:
+        Image.fromarray(rng.integers(0, 255, (50, 40, 3), np.uint8)).save(tmp_path / name)
+    found = predict.main([str(folder), *[str(tmp_path / name) for name in names], "--top", "3"])
+    assert "ant" in capsys.readouterr().out
+    model, size = cv.load(file).eval(), 32
+    pixels = file_split(tmp_path, names, [0, 0, 0]).decode(size)  # as the trainer decodes
+    mean, std = (torch.tensor(INFO["preprocessing"][key]).view(3, 1, 1) for key in ("mean", "std"))
+    with torch.inference_mode():
+        expected = model((torch.from_numpy(pixels).movedim(-1, 1) / 255 - mean) / std).softmax(-1)
+    for row, p in zip(found, expected, strict=True):
+        assert [label for label, _ in row] == [CLASSES[i] for i in p.argsort(descending=True)]
+        assert [q for _, q in row] == pytest.approx(p.sort(descending=True).values.tolist(), abs=1e-5)
+
+
+@pytest.mark.parametrize("module", ["predict", "verify"])
+def test_running_a_package_never_imports_torch(merged, tmp_path, module):
+    Image.new("RGB", (9, 9)).save(tmp_path / "x.png")
+    images = f", {str(tmp_path / 'x.png')!r}" if module == "predict" else ""
+    code = (
+        f"import sys; from export import {module}; {module}.main([{str(merged[1])!r}{images}]); "
+        "heavy = {'torch', 'timm', 'capavision', 'vtab'} & set(sys.modules); sys.exit(f'{heavy}' if heavy else 0)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+@pytest.mark.parametrize("name", ["model.onnx", "config.json", "preprocessor_config.json"])
+def test_verify_catches_a_flipped_byte_in_any_file(copied, name, capsys):
+    content = bytearray((copied / name).read_bytes())
+    content[len(content) // 2] ^= 1
+    (copied / name).write_bytes(bytes(content))
+    assert f"{name} was changed after the export" in refused(capsys, verify.main, copied)
+
+
+def test_verify_catches_weights_that_compute_something_else(copied, capsys):
+    """The checksums are made to fit, so only the probe can tell."""
+    from export.runtime import sha256
+
+    proto = onnx.load(copied / "model.onnx")
+    weight = max(proto.graph.initializer, key=lambda i: len(i.raw_data))
+    array = onnx.numpy_helper.to_array(weight) * 1.5
+    weight.CopyFrom(onnx.numpy_helper.from_array(array, weight.name))
+    onnx.save(proto, copied / "model.onnx")
+    manifest = json.loads((copied / "manifest.json").read_text())
+    manifest["files"]["model.onnx"]["sha256"] = sha256(copied / "model.onnx")
+    (copied / "manifest.json").write_text(json.dumps(manifest))
+    assert "the probe is off by" in refused(capsys, verify.main, copied)
+
+
+def test_a_failed_gate_names_batch_and_error_and_writes_nothing(merged, tmp_path, capsys):
+    out = tmp_path / "package"
+    said = refused(capsys, export_command.main, merged[0], "--out", out, "--tolerance", "1e-12")
+    assert "at batch 1 ONNX Runtime and PyTorch differ by " in said
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_untrained_adapter_is_not_exported(tmp_path, capsys):
+    file = adapter_file(tmp_path / "a.safetensors", METHODS["lora"], trained=False)
+    said = refused(capsys, export_command.main, file, "--out", tmp_path / "package")
+    assert "as if untrained" in said
+    assert not (tmp_path / "package").exists()
+
+
+def test_a_convolutional_net_exports(tmp_path):
+    file = adapter_file(tmp_path / "a.safetensors", cv.LoRA(rank=2, branches=2), name="test_resnet")
+    manifest = build(Source.open(file), tmp_path / "package")
+    assert max(manifest["parity"]["relative_error"].values()) < 1e-5
+
+
+def test_a_linear_probe_exports(tmp_path):
+    file = adapter_file(tmp_path / "a.safetensors", cv.LinearProbe())
+    assert build(Source.open(file), tmp_path / "package")["parity"]["distance_to_base"] is None
+
+
+def test_an_opset_can_be_chosen(merged, tmp_path):
+    assert build(Source.open(merged[0]), tmp_path / "package", opset=18)["opset"] == 18
+
+
+REFUSED = {
+    "no run": (lambda f, t: [export_command.main, t, "--out", t / "p"], "holds no adapter.safetensors"),
+    "out exists": (lambda f, t: [export_command.main, f, "--out", t], "exists; name another --out"),
+    "no package": (lambda f, t: [predict.main, t, "x.png"], "is no exported package: manifest.json is missing"),
+    "no package to verify": (lambda f, t: [verify.main, t], "is no exported package"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_mistake_is_one_line_that_names_the_cure(case, merged, tmp_path, capsys):
+    call, message = REFUSED[case]
+    assert message in refused(capsys, *call(merged[0], tmp_path))
+
+
+def test_bad_images_are_named(merged, tmp_path, capsys):
+    Image.new("RGB", (64, 64)).save(tmp_path / "cut.png")
+    whole = (tmp_path / "cut.png").read_bytes()
+    (tmp_path / "cut.png").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "text.jpg").write_text("no image")
+    for name, message in (("absent.png", "is not a file"), ("cut.png", "does not decode"), ("text.jpg", "not decode")):
+        said = refused(capsys, predict.main, merged[1], tmp_path / name)
+        assert name in said
+        assert message in said
+
+
+def test_a_newer_package_says_to_upgrade(copied, capsys):
+    manifest = json.loads((copied / "manifest.json").read_text())
+    (copied / "manifest.json").write_text(json.dumps({**manifest, "schema_version": 99}))
+    assert "upgrade capavision" in refused(capsys, predict.main, copied, "x.png")
+
+
+def test_a_truncated_graph_is_one_line(copied, capsys):
+    content = (copied / "model.onnx").read_bytes()
+    (copied / "model.onnx").write_bytes(content[: len(content) // 2])
+    assert "model.onnx does not load" in refused(capsys, predict.main, copied, "x.png")
+
+
+def test_bench_times_both(merged, tmp_path, capsys):
+    argv = [
+        str(merged[1]),
+        "--run",
+        str(merged[0]),
+        "--rounds",
+        "3",
+        "--threads",
+        "1",
+        "--json",
+        str(tmp_path / "t.json"),
+    ]
+    threads = torch.get_num_threads()
+    result = bench.main(argv)
+    torch.set_num_threads(threads)
+    assert result == json.loads((tmp_path / "t.json").read_text())
+    assert set(result["milliseconds"]) == {"onnxruntime", "pytorch"}
+    assert "ratio" in capsys.readouterr().out
