@@ -39,7 +39,7 @@ def table(out: Path, seconds: float) -> str:
     ms = {name: f"{figures['median']:.1f} ms" for name, figures in latency["milliseconds"].items()}
     adapter = (out / "capaboost" / "adapter.safetensors").stat().st_size
     rows = [
-        ("", "head only", "CapaBoost-LoRA"),
+        ("dsprites_loc, dSprites-like (procedural)", "head only", "CapaBoost-LoRA"),
         ("---", "---", "---"),
         (f"test accuracy, {adapted['images']:,} images", *(_accuracy(r) for r in (head, adapted))),
         ("trained values, without the head", *(f"{r['trained_parameters']:,}" for r in (head, adapted))),

@@ -1,6 +1,5 @@
 """Export a run for ONNX Runtime: python -m export RUN_DIR --out DIR"""
 
-import argparse
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,7 @@ from export.runtime import TOLERANCE
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Fold, export, compare, write; returns the manifest."""
-    parser = argparse.ArgumentParser(
+    parser = cli.Parser(
         prog="python -m export",
         description="Fold a trained adapter into its model, export it, compare with PyTorch, write the package.",
     )

@@ -3,7 +3,6 @@
 Rounds alternate between the two, so that whatever else the machine does meets both; the ratio is of medians.
 """
 
-import argparse
 import json
 import os
 import time
@@ -31,7 +30,7 @@ def interleaved(calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str, d
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Time both, print the table, return it."""
-    parser = argparse.ArgumentParser(prog="python -m export.bench", description=__doc__.splitlines()[0])
+    parser = cli.Parser(prog="python -m export.bench", description=__doc__.splitlines()[0])
     parser.add_argument("package", type=Path, metavar="DIR", help="what python -m export wrote")
     parser.add_argument("--run", type=Path, required=True, metavar="RUN_DIR", help="the run it was made of")
     parser.add_argument("--batch", type=int, default=1, metavar="N", help="images a call (default: 1)")

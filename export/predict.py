@@ -1,6 +1,5 @@
 """Labels and probabilities from an exported package: python -m export.predict DIR IMAGE…"""
 
-import argparse
 from pathlib import Path
 
 from export import cli
@@ -9,7 +8,7 @@ from export.runtime import Classifier
 
 def main(argv: list[str] | None = None) -> list[list[tuple[str, float]]]:
     """Print, and return, the top labels of each image."""
-    parser = argparse.ArgumentParser(prog="python -m export.predict", description=__doc__)
+    parser = cli.Parser(prog="python -m export.predict", description=__doc__)
     parser.add_argument("package", type=Path, metavar="DIR", help="what python -m export wrote")
     parser.add_argument("images", nargs="+", metavar="IMAGE", help="image files")
     parser.add_argument("--top", type=int, default=5, metavar="K", help="labels an image (default: 5)")

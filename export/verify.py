@@ -1,6 +1,5 @@
 """Is a package whole, and does it still compute what was exported? python -m export.verify DIR"""
 
-import argparse
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +14,7 @@ def main(argv: list[str] | None = None) -> float:
     Raises:
         ValueError: a file that is missing or changed, or a probe that gives other logits.
     """
-    parser = argparse.ArgumentParser(prog="python -m export.verify", description=__doc__)
+    parser = cli.Parser(prog="python -m export.verify", description=__doc__)
     parser.add_argument("package", type=Path, metavar="DIR", help="what python -m export wrote")
     folder = parser.parse_args(argv).package
     manifest = read_json(folder / "manifest.json")

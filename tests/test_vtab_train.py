@@ -255,6 +255,8 @@ REFUSED = {
     "lr": (["--task", "digits", "--lr", "-1"], "--lr -1.0 must lie in"),
     "stage": (["--task", "digits", "--stage", "test"], "choose final or tune"),
     "device": (["--task", "digits", "--device", "tpu"], "--device tpu is not on this machine; here: "),
+    "flag": (["--task", "digits", "--rnak", "4"], "unrecognized arguments: --rnak 4; did you mean '--rank'"),
+    "value": (["--task", "digits", "--rank", "four"], "argument --rank: invalid int value: 'four'; see python -m"),
     "demo size": (["--task", "digits", "--model", "demo", "--img-size", "50"], "choose a multiple"),
     "weights": (["--task", "digits", "--weights", "model.pt"], "not a .safetensors file here"),
 }
@@ -284,7 +286,7 @@ def test_a_command_line_is_the_dataclasses(tmp_path):
     config = parse(["--task", "digits", "--method", "adapter", "--rank", "4", "--where", "houlsby", "--scale", "2"])
     assert config.method == cv.Adapter(rank=4, where="houlsby", scale=2.0)
     assert config.epochs == Config(task="digits").epochs
-    with pytest.raises(SystemExit):
+    with pytest.raises(ValueError, match="unrecognized arguments: --rank 4"):
         parse(["--task", "digits", "--method", "linear_probe", "--rank", "4"])
 
 

@@ -9,9 +9,24 @@ import sys
 import types
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any, NoReturn, get_args, get_type_hints
+
+from capavision.targets import near
 
 STOPPED = 130  # what shells report for Ctrl-C
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose complaint is one line, through `run`, and that takes no shortened flags."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(allow_abbrev=False, **kwargs)
+
+    def error(self, message: str) -> NoReturn:
+        """One sentence; unknown flags get near names."""
+        unknown = re.match(r"unrecognized arguments: (--\S+)", message)
+        flags = [flag for action in self._actions for flag in action.option_strings if flag.startswith("--")]
+        raise ValueError(f"{message}; {near(unknown[1], flags) if unknown else f'see {self.prog} --help'}")
 
 
 def run(main: Callable[[], Any]) -> None:

@@ -1,6 +1,5 @@
 """A run's settings: one frozen dataclass, from which come the command line, the run's name and its record."""
 
-import argparse
 import dataclasses
 import hashlib
 import json
@@ -105,13 +104,13 @@ def parse(argv: list[str] | None = None) -> Config:
     Raises:
         ValueError: an unknown method, or values that do not fit each other.
     """
-    first = argparse.ArgumentParser(add_help=False)
+    first = cli.Parser(add_help=False)
     first.add_argument("--method", default="lora")
     name = first.parse_known_args(argv)[0].method.replace("-", "_")
     if name not in cv.Method.known:
         raise ValueError(f"unknown method {name!r}; {near(name, cv.Method.known)}")
     method = cv.Method.known[name]
-    parser = argparse.ArgumentParser(
+    parser = cli.Parser(
         prog="python -m vtab.train",
         description="Fine-tune a timm backbone on one task; the run folder holds the adapter and every figure.",
         epilog=f"Methods: {', '.join(sorted(cv.Method.known))}; each has flags of its own: --method NAME --help.",

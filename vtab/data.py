@@ -4,7 +4,6 @@ Geometry: the whole image is resized to a square, bicubic, without a crop (the f
 uint8. Normalisation happens later, on the device.
 """
 
-import argparse
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -111,8 +110,9 @@ def open_task(
 def main(argv: list[str] | None = None) -> Path:
     """python -m vtab.data write: a task that needs no download, as files in the VTAB-1k layout."""
     from vtab import lists
+    from vtab.cli import Parser
 
-    parser = argparse.ArgumentParser(prog="python -m vtab.data", description="Tasks as files.")
+    parser = Parser(prog="python -m vtab.data", description="Tasks as files.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     write = commands.add_parser("write", help="write a task in the VTAB-1k layout")
     write.add_argument("--task", default="", help="dsprites_loc, dsprites_ori or digits")

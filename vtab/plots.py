@@ -12,8 +12,8 @@ mpl.use("Agg")
 import matplotlib.pyplot as plt
 
 
-def curve(path: Path, history: list[dict[str, Any]], title: str) -> None:
-    """Loss and accuracy by epoch."""
+def curve(path: Path, history: list[dict[str, Any]], judged: tuple[str, float], title: str) -> None:
+    """Loss and accuracy by epoch, and the one accuracy of the split that judges the run."""
     epochs = [row["epoch"] for row in history]
     figure, (left, right) = plt.subplots(1, 2, figsize=(8, 3), layout="constrained")
     left.plot(epochs, [row["loss"] for row in history], "o-", color="tab:blue", markersize=3)
@@ -23,7 +23,9 @@ def curve(path: Path, history: list[dict[str, Any]], title: str) -> None:
         right.plot(
             epochs, [row["val_accuracy"] for row in history], "o-", color="tab:orange", markersize=3, label="val200"
         )
-    right.set(xlabel="epoch", ylabel="top-1 accuracy (%)", ylim=(0, 102))
+    label = f"{judged[0]}, looked at once: {judged[1]:.1f} %"
+    right.plot(epochs[-1], judged[1], "*", color="tab:red", markersize=10, label=label)
+    right.set(xlabel="epoch", ylabel="top-1 accuracy (%)", ylim=(0, 103))
     right.legend(frameon=False, loc="lower right")
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)

@@ -70,10 +70,11 @@ def conclude(
     probabilities = predict(model, split, preprocessing)
     seconds = time.perf_counter() - start
     score = accuracy(probabilities, split.labels)
-    title = f"{data.task}, {config.model}, {config.method.name}: {judged} top-1 {score.percent:.1f} %"
-    plots.curve(folder / "curve.png", history, title)
+    title = f"{data.task} ({data.source}), {config.model}, {config.method.name}"
+    plots.curve(folder / "curve.png", history, (judged, score.percent), title)
     images = split.decode(160, 0, SHOWN)
-    plots.predictions(folder / "predictions.png", images, split.labels, probabilities, data.classes, title)
+    shown = f"{title}: the first {len(images)} of {score.total:,} {judged} images, {score.percent:.1f} % right in all"
+    plots.predictions(folder / "predictions.png", images, split.labels, probabilities, data.classes, shown)
     result = {
         "task": data.task,
         "split": judged,
@@ -94,7 +95,7 @@ def conclude(
     }
     write(folder / "result.json", json.dumps(result, indent=1))
     (folder / "checkpoint.safetensors").unlink(missing_ok=True)
-    print(f"{judged} top-1 {score}, {report.trained:,} trained values beside the head\n{folder}")
+    print(f"{data.task} ({data.source}): {judged} top-1 {score}, {report.trained:,} trained values\n{folder}")
     return result
 
 
