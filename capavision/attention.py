@@ -57,12 +57,13 @@ def parts_of(model: nn.Module, name: str) -> dict[str, Span]:
     """The rows of q, k and v in the fused projection `name`; empty where the layout cannot be told.
 
     The rows are [q | k | v], each of the attention's width. Projections that interleave q, k and v head by head
-    (levit, tiny_vit, efficientformer, efficientvit_mit, the maxxvit convs with head_first) have no such blocks.
+    (levit, tiny_vit, efficientformer, efficientvit_mit, halo attention, the maxxvit convs with head_first) have none.
     """
     role, parent_name = _role(name)
     letters = _FUSED.get(role, "")
     parent, host = model.get_submodule(parent_name), model.get_submodule(name)
-    if not letters or getattr(parent, "head_first", False) or hasattr(parent, "key_dim"):
+    interleaved = getattr(parent, "head_first", False) or hasattr(parent, "key_dim") or hasattr(parent, "halo_size")
+    if interleaved or not letters:
         return {}
     n_out, n_in = weight_of(host).shape[0], weight_of(host).shape[1] * int(getattr(host, "groups", 1))
     width = n_out // len(letters)
@@ -112,8 +113,7 @@ def query_value_hosts(model: nn.Module) -> dict[str, str | None]:
     Linears, the classifier's surroundings aside, hold less than half of its weights.
     """
     hosts: dict[str, str | None] = {}
-    around_head = tuple(f"{name.partition('.')[0]}." for name in classifier(model))
-    everything = {name: module for name, module in weighted(model).items() if not name.startswith(around_head)}
+    everything = _away_from_head(model)
     for name in everything:
         role = _role(name)[0]
         if role in _QUERY | _VALUE:
@@ -127,6 +127,17 @@ def query_value_hosts(model: nn.Module) -> dict[str, str | None]:
     convs = {name: module for name, module in everything.items() if name not in linears}
     sizes = [sum(weight_of(module).numel() for module in part.values()) for part in (linears, convs)]
     return dict.fromkeys(linears if sizes[0] >= sizes[1] else convs)
+
+
+def _away_from_head(model: nn.Module) -> dict[str, nn.Module]:
+    """weighted(model) without what stands beside the classifier in a small module of its own (head.pre_logits)."""
+    everything = weighted(model)
+    for name in classifier(model):
+        around = f"{name.rpartition('.')[0]}."
+        beside = [host for host in everything if host.startswith(around)]
+        if 2 * len(beside) < len(everything):
+            everything = {host: module for host, module in everything.items() if host not in beside}
+    return everything
 
 
 def group(model: nn.Module, name: str, placement: type) -> list[str] | None:

@@ -41,7 +41,7 @@ class Site:
 
     def uniform(self, factor: str, *shape: int) -> Tensor:
         """U(-1/√n, 1/√n) over the last axis of length n: nn.Linear's own start, and loralib's for A."""
-        generator = torch.Generator().manual_seed(int(stream(f"{self.key(factor)}/init", 1)[0] >> 1))
+        generator = torch.Generator().manual_seed(int(stream(f"{self.key(factor)}/init", 1)[0]) >> 1)
         bound = shape[-1] ** -0.5
         return torch.empty(*shape).uniform_(-bound, bound, generator=generator).to(self.like)
 

@@ -106,12 +106,14 @@ def attach(host: nn.Module, delta: Delta) -> None:
     _swap(host, "Adapted" if isinstance(delta, WeightDelta) else "Extended")
 
 
-def detach(module: nn.Module) -> None:
-    """Give `module` its own class back, and drop its delta if it has one."""
+def detach(module: nn.Module, training: bool) -> None:
+    """Give `module` its own class back and drop its delta; a frozen norm goes back to the model's mode, `training`."""
     if is_swapped(module):
         module.__class__ = type(module)._base  # type: ignore[attr-defined]
         if isinstance(getattr(module, SLOT, None), Delta):
             delattr(module, SLOT)
+        else:
+            module.train(training)
 
 
 def fold(host: nn.Module) -> None:
@@ -124,7 +126,7 @@ def fold(host: nn.Module) -> None:
     assert base is not None
     exact = base.detach().to(delta_dtype(base))
     weight = (exact + delta.weight().detach().view_as(exact)).to(base.dtype)
-    detach(host)
+    detach(host, host.training)
     # A new parameter: a weight that two modules share must not change under the other one.
     host.weight = nn.Parameter(weight, requires_grad=base.requires_grad)
 

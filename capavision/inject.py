@@ -1,6 +1,6 @@
 """Choose hosts, build deltas, freeze the base, report: `inject` either does all of it or leaves the model untouched."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -121,13 +121,16 @@ def inject(
     hosts = choose(model, method, targets, parts)
     placed = measure(model, hosts, example) if method.placement is OutputDelta else {}
     head = tuple(n for n in classifier(model) if n not in hosts)
-    trainable = tuple(name for name, p in model.named_parameters() if p.requires_grad)
-    return apply(model, Injection(method, seed, hosts, placed, head, trainable, freeze_norm))
+    if not hosts and not head:
+        raise ValueError(f"{type(model).__name__} has no classifier, so {type(method).__name__} has nothing to train")
+    return apply(model, Injection(method, seed, hosts, placed, head, freeze_norm=freeze_norm))
 
 
 def apply(model: nn.Module, plan: Injection) -> Report:
     """Carry out a plan whose hosts are known: build every delta first, then attach, freeze and record."""
     deltas = {name: _build(model, plan, name) for name in plan.hosts}
+    frozen = tuple(name for name, p in model.named_parameters() if p.requires_grad)
+    plan = replace(plan, frozen=frozen)
     for name, delta in deltas.items():
         hosting.attach(model.get_submodule(name), delta)
     if plan.freeze_norm:

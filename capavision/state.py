@@ -18,11 +18,12 @@ from torch import Tensor, nn
 
 from capavision import host as hosting
 from capavision import masks
+from capavision.attention import classifier
 from capavision.base import Base, differences, fingerprint
 from capavision.delta import Delta, Method
 from capavision.files import write_tensors
 from capavision.inject import RECORD, Injection, apply, injections
-from capavision.targets import near
+from capavision.targets import near, refuse_taken
 
 FORMAT = 1
 
@@ -93,7 +94,10 @@ def load(path: str | os.PathLike[str], model: nn.Module | None = None, *, check_
         if metadata["base"] is None:
             raise ValueError(f"{path} does not say how its base model was built; pass it: load(path, model=…)")
         model = Base(**metadata["base"]).build(metadata["num_classes"]).eval()
-    plans = [_from_json(plan, path) for plan in metadata["injections"]]
+    try:
+        plans = [_from_json(plan, path) for plan in metadata["injections"]]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path}: its metadata is damaged ({error!r}); save it again") from error
     _check_fit(path, metadata, tensors, model, plans, check_base)
     try:
         for plan in plans:
@@ -142,7 +146,7 @@ def remove(model: nn.Module) -> nn.Module:
     >>> base = remove(model)  # doctest: +SKIP
     """
     for module in list(model.modules()):
-        hosting.detach(module)
+        hosting.detach(module, model.training)
     _release(model)
     return model
 
@@ -154,7 +158,7 @@ def _release(model: nn.Module, keep: type | None = None) -> None:
         delattr(model, RECORD)
     for module in model.modules():
         if keep is None or not isinstance(getattr(module, hosting.SLOT, None), keep):
-            hosting.detach(module)
+            hosting.detach(module, model.training)
 
 
 def _factors(model: nn.Module) -> list[masks.Factor]:
@@ -164,7 +168,7 @@ def _factors(model: nn.Module) -> list[masks.Factor]:
 def _trained(model: nn.Module) -> dict[str, Tensor]:
     """Deltas and head whatever their flags say now, and all else that is being trained."""
     own = [name for name, m in model.named_modules() if isinstance(m, Delta)]
-    own += [name for plan in injections(model) for name in plan.head]
+    own += [name for plan in injections(model) for name in plan.head] + list(classifier(model))
     prefixes = tuple(f"{name}." for name in own)
     return {name: p for name, p in model.named_parameters() if p.requires_grad or name.startswith(prefixes)}
 
@@ -184,14 +188,13 @@ def _to_json(plan: Injection) -> dict[str, Any]:
 
 
 def _from_json(plan: dict[str, Any], path: str | os.PathLike[str]) -> Injection:
-    settings = dict(plan["method"])
-    name = settings.pop("name")
+    name = plan["method"]["name"]
     if name not in Method.known:
         raise ValueError(f"{path} holds the method {name!r}, which is not known here; {near(name, Method.known)}")
     hosts = {host: {part: (s[0], s[1]) for part, s in parts.items()} for host, parts in plan["hosts"].items()}
     axes = {host: (a[0], a[1], a[2]) for host, a in plan["axes"].items()}
-    method = Method.known[name](**settings)
-    return Injection(method, plan["seed"], hosts, axes, tuple(plan["head"]), (), plan["freeze_norm"])
+    method = Method.known[name](**{k: v for k, v in plan["method"].items() if k != "name"})
+    return Injection(method, plan["seed"], hosts, axes, tuple(plan["head"]), freeze_norm=plan["freeze_norm"])
 
 
 def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -205,6 +208,8 @@ def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tenso
         raise ValueError(f"{path} is damaged or no safetensors file ({error}); save it again") from error
     if not isinstance(metadata, dict):
         raise ValueError(f"{path} is a safetensors file, but not one that capavision.save wrote")
+    if lost := {"format", "injections", "masks", "base", "fingerprint", "num_classes"} - metadata.keys():
+        raise ValueError(f"{path}: its metadata is damaged (no {', '.join(sorted(lost))}); save it again")
     if metadata["format"] > FORMAT:
         raise ValueError(
             f"{path} has format {metadata['format']}, this capavision reads up to {FORMAT}; upgrade capavision"
@@ -233,6 +238,8 @@ def _check_fit(
     if missing:
         base = metadata["base"]["model"] if metadata["base"] else "another model"
         raise ValueError(f"{path} adapts {missing[0]!r}, which {type(model).__name__} lacks; it was made for {base}")
+    for name in [name for plan in plans for name in plan.hosts]:
+        refuse_taken(model, name)
     if not check_base:
         return
     changed = differences(metadata["fingerprint"], fingerprint(model, tensors))

@@ -41,16 +41,19 @@ def choose(model: nn.Module, method: Method, targets: Targets, parts: Parts) -> 
         names = _match(model, [targets] if isinstance(targets, str) else list(targets), method)
         defaults = dict.fromkeys(names)
     for name in defaults:
-        _refuse(model, name)
+        refuse_taken(model, name)
     return {name: _rows(model, name, parts if parts is not None else default) for name, default in defaults.items()}
 
 
 def _match(model: nn.Module, patterns: list[str], method: Method) -> list[str]:
     modules = {name: module for name, module in model.named_modules() if name}
     weights = method.placement is WeightDelta
+    head = [part for name in classifier(model) for part in (name, *_below(name, modules))]
     found: dict[str, None] = {}
+    if not patterns:
+        raise ValueError("targets is an empty list; leave it out for the method's own choice, or name modules")
     for pattern in patterns:
-        named = group(model, pattern, method.placement or Delta)
+        named = None if pattern in modules else group(model, pattern, method.placement or Delta)
         if named is None:
             named = _names(pattern, list(modules))
             if not named:
@@ -59,7 +62,7 @@ def _match(model: nn.Module, patterns: list[str], method: Method) -> list[str]:
                 )
         hosts = [name for name in named if not weights or is_weighted(modules[name])]
         # A wildcard may run over the classifier; only its own name adapts it.
-        hosts = [name for name in hosts if name == pattern or name not in classifier(model)]
+        hosts = [name for name in hosts if name == pattern or name not in head]
         if not hosts:
             kinds = sorted({type(modules[name]).__name__ for name in named})
             what = "Linear or Conv with a weight of its own" if weights else "block"
@@ -78,12 +81,17 @@ def _names(pattern: str, names: list[str]) -> list[str]:
     return [] if "." in pattern else [name for name in names if name.rpartition(".")[2] == pattern]
 
 
+def _below(name: str, modules: Iterable[str]) -> list[str]:
+    return [other for other in modules if other.startswith(f"{name}.")]
+
+
 def _suggest(pattern: str, modules: dict[str, nn.Module]) -> str:
     last = {name.rpartition(".")[2] for name in modules}
     return near(pattern, modules if "." in pattern else {name for name in last if not name.isdigit()})
 
 
-def _refuse(model: nn.Module, name: str) -> None:
+def refuse_taken(model: nn.Module, name: str) -> None:
+    """Raise ValueError if the module `name` cannot take a delta: it has one, or an attribute of that name."""
     host = model.get_submodule(name)
     if hosting.is_swapped(host):
         raise ValueError(

@@ -1,0 +1,111 @@
+"""What several test files share: small models, the awakening of silent parameters, and snapshots to compare."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # read once, when huggingface_hub is imported: no test may reach the network
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import timm
+import torch
+from torch import Tensor, nn
+
+from capavision.delta import Delta
+
+torch.set_num_threads(1)  # pytest-xdist brings the parallelism
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setenv("CAPAVISION_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+@pytest.fixture
+def vit() -> nn.Module:
+    return tiny_vit()
+
+
+def seeded(build: Callable[[], Any], seed: int = 0) -> Any:
+    """What `build` makes when torch's global generator starts from `seed`; the generator is then as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return build()
+
+
+def create(name: str, seed: int = 0, num_classes: int = 5, **kwargs: Any) -> nn.Module:
+    return seeded(lambda: timm.create_model(name, pretrained=False, num_classes=num_classes, **kwargs), seed).eval()
+
+
+def tiny_vit(num_classes: int = 5, seed: int = 0, **kwargs: Any) -> nn.Module:
+    sizes = {"depth": 2, "img_size": 32, "patch_size": 8, "embed_dim": 48, "num_heads": 3, **kwargs}
+    return create("vit_tiny_patch16_224", seed, num_classes, **sizes)
+
+
+def tiny_beit(**kwargs: Any) -> nn.Module:
+    return create("beit_base_patch16_224", depth=2, embed_dim=48, num_heads=3, img_size=32, patch_size=8, **kwargs)
+
+
+def images(size: int = 32, batch: int = 2, seed: int = 1) -> Tensor:
+    return torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(seed))
+
+
+def awaken(module: nn.Module, seed: int = 0) -> nn.Module:
+    """Random values for every parameter that is silent: zero heads, layer scales of 1e-5, B, U and biases."""
+    rng = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in module.parameters():
+            if p.is_floating_point() and p.numel() and p.abs().max() < 1e-3:
+                p.copy_(torch.randn(p.shape, generator=rng) * 0.1)
+    return module
+
+
+def twin(module: nn.Module) -> nn.Module:
+    return copy.deepcopy(module)
+
+
+def deltas(model: nn.Module) -> dict[str, Delta]:
+    return {name: m for name, m in model.named_modules() if isinstance(m, Delta)}
+
+
+def awaken_deltas(model: nn.Module, seed: int = 0) -> nn.Module:
+    """The deltas alone: the base must stay the one that a fresh copy has."""
+    for i, delta in enumerate(deltas(model).values()):
+        awaken(delta, seed + i)
+    return model
+
+
+def outputs(model: nn.Module, x: Tensor) -> Tensor:
+    """The model's output in eval mode without gradient; train() first, because some models cache in eval."""
+    model.train()
+    with torch.no_grad():
+        return model.eval()(x)
+
+
+def snapshot(model: nn.Module) -> dict[str, Any]:
+    """All that a refusal or `remove` must leave alone: values, classes, flags, modes, hooks, attributes."""
+    modules = dict(model.named_modules())
+    return {
+        "values": {name: tensor.clone() for name, tensor in model.state_dict().items()},
+        "ids": {name: id(p) for name, p in model.named_parameters()},
+        "classes": {name: type(m) for name, m in modules.items()},
+        "trainable": {name: p.requires_grad for name, p in model.named_parameters()},
+        "training": {name: m.training for name, m in modules.items()},
+        "hooks": {name: len(m._forward_hooks) + len(m._forward_pre_hooks) for name, m in modules.items()},
+        "attributes": {name: sorted(m.__dict__) for name, m in modules.items()},
+    }
+
+
+def assert_unchanged(model: nn.Module, before: dict[str, Any], but: tuple[str, ...] = ()) -> None:
+    after = snapshot(model)
+    assert before["values"].keys() == after["values"].keys()
+    for name, value in before["values"].items():
+        assert torch.equal(value, after["values"][name]), name
+    for what in before.keys() - {"values", *but}:
+        assert before[what] == after[what], what
+
+
+def assert_moved(adapted: Tensor, plain: Tensor) -> None:
+    assert (adapted - plain).abs().max() > 1e-3, "the delta moved nothing, so this test would prove nothing"

@@ -1,0 +1,114 @@
+"""One small model of each of timm's 98 families: every Linear and Conv but the head takes a delta, trains it and folds.
+
+Random weights; silent parameters are awakened and batch norms calibrated first, so that zero heads, layer scales of
+1e-5 and vanishing signals hide nothing. In float64, where a fold is exact but for rounding.
+"""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import capavision as cv
+from capavision.attention import mlps
+from tests.conftest import assert_moved, awaken, awaken_deltas, create, images, outputs, seeded, twin
+
+FAMILIES = json.loads((Path(__file__).parent / "timm_families.json").read_text())
+# The side of the input in pixels, 64 where none is given.
+SIZES = {
+    **dict.fromkeys(("inception_resnet_v2", "inception_v3", "inception_v4"), 96),
+    **{"byoanet": 256, "deepseek_vit": 56, "efficientformer": 224, "maxxvit": 160},
+}
+# Built for 64 pixels too, where the architecture is told its input size.
+SIZED = (
+    "beit", "cait", "coat", "convit", "deit", "efficientformer_v2", "gcvit", "hiera", "levit", "mlp_mixer", "nest", "pit",
+    "swin_transformer", "swin_transformer_v2", "swin_transformer_v2_cr", "tnt", "vision_transformer",
+    "vision_transformer_hybrid", "vision_transformer_relpos", "visformer", "vitamin", "volo",
+)  # fmt: skip
+# And the large ones, cut down.
+KWARGS = {
+    **{family: {"img_size": 64} for family in SIZED},
+    "beit": {"img_size": 64, "depth": 2},
+    **dict.fromkeys(("deepseek_vit", "gemma4_vit", "naflexvit", "qwen3_vit", "vision_transformer_sam"), {"depth": 2}),
+    "nasnet": {"num_features": 672, "stem_size": 16},
+}
+WITH_MLPS = set()
+
+
+def calibrated(model, x):
+    """Running statistics of batch norms as of `x`, or the signal dies away in a deep net of random weights."""
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    if norms:
+        usual = {norm: norm.momentum for norm in norms}
+        for norm in norms:
+            norm.momentum = None  # the mean of all batches seen, that is of this one
+        with torch.no_grad():
+            seeded(lambda: model.train()(x))
+        for norm in norms:
+            norm.momentum = usual[norm]
+    return model.eval()
+
+
+def family_model(family):
+    size = SIZES.get(family, 64)
+    x = images(size, 1 if size == 256 else 2).double()
+    return calibrated(awaken(create(FAMILIES[family], **KWARGS.get(family, {}))).double(), x), x
+
+
+def gradients(model, x):
+    """The output in eval mode, and the gradient of a random projection of it; by parameter name."""
+    model.zero_grad()
+    model.train()  # clears what some models cache in eval
+    y = model.eval()(x)
+    (y * seeded(lambda: torch.randn(y.shape, dtype=y.dtype))).sum().backward()
+    model.train().eval()
+    return y.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def layers(model):
+    """Every Linear and Conv outside of the classifier, by their classes alone."""
+    heads = model.get_classifier()
+    heads = heads if isinstance(heads, (tuple, list)) else [heads]
+    inside = {part for head in heads for part in head.modules()}
+    kinds = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    return {name: m for name, m in model.named_modules() if isinstance(m, kinds) and m not in inside}
+
+
+def assert_alive(hosts, base, found):
+    """Every delta of a weight that gets a gradient in the base gets one itself."""
+    strongest = max(base[f"{name}.weight"].abs().max() for name in hosts if f"{name}.weight" in base)
+    for name in hosts:
+        weight = base.get(f"{name}.weight")
+        if weight is not None and weight.abs().max() > 1e-12 * strongest:
+            for factor in "AB":
+                gradient = found.get(f"{name}.delta.{factor}.value")
+                assert gradient is not None, f"{name} is dead"
+                assert gradient.abs().max() > 0, f"{name} is dead"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_layer_of_every_family_trains_folds_and_comes_off(family):
+    model, x = family_model(family)
+    assert (family in WITH_MLPS) == bool(mlps(model))
+    expected = layers(model)
+    plain, base = gradients(model, x)
+    assert torch.equal(outputs(model, x), plain)
+    assert cv.LoRA().targets(model)
+    assert expected.keys() >= cv.LoRA().targets(model).keys()
+
+    report = cv.inject(model, cv.LoRA(rank=2, branches=2), "all")
+    assert set(report.hosts) == expected.keys()
+    awaken_deltas(model, 3)
+    adapted, found = gradients(model, x)
+    assert_moved(adapted, plain)
+    assert_alive(report.hosts, base, found)
+    assert torch.equal(outputs(cv.remove(twin(model)), x), plain)
+
+    weights = {name: model.get_submodule(name).weight.detach() for name in report.hosts}
+    cv.fold(model)
+    assert all(torch.equal(model.get_submodule(name).weight, weight) for name, weight in weights.items())
+    error = (outputs(model, x) - adapted).abs().max()
+    assert error < 1e-6 * (adapted - plain).abs().max()
