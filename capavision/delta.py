@@ -4,10 +4,12 @@ Two placements. A WeightDelta is added to a weight, y = (W + ΔW) x, and folds i
 a block returns, y + Δ(x, y), and folds into a smaller module of its own.
 """
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -40,10 +42,13 @@ class Site:
         return torch.zeros(*shape, device=self.like.device, dtype=self.like.dtype)
 
     def uniform(self, factor: str, *shape: int) -> Tensor:
-        """U(-1/√n, 1/√n) over the last axis of length n: nn.Linear's own start, and loralib's for A."""
-        generator = torch.Generator().manual_seed(int(stream(f"{self.key(factor)}/init", 1)[0]) >> 1)
-        bound = shape[-1] ** -0.5
-        return torch.empty(*shape).uniform_(-bound, bound, generator=generator).to(self.like)
+        """U(-1/√n, 1/√n) over the last axis of length n: nn.Linear's own start, and loralib's for A.
+
+        From the site's key, hence the same on every machine and version, and free to be rebuilt instead of saved.
+        """
+        words = stream(f"{self.key(factor)}/init", math.prod(shape))
+        unit = torch.from_numpy((words >> np.uint64(11)).astype(np.float64) * 2.0**-53).view(shape)
+        return ((2 * unit - 1) * shape[-1] ** -0.5).to(self.like)
 
 
 class Delta(nn.Module):

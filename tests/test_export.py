@@ -266,3 +266,18 @@ def test_bench_times_both(merged, tmp_path, capsys):
     assert result == json.loads((tmp_path / "t.json").read_text())
     assert set(result["milliseconds"]) == {"onnxruntime", "pytorch"}
     assert "ratio" in capsys.readouterr().out
+
+
+def test_a_full_disk_leaves_no_half_written_package(merged, tmp_path):
+    """A file size limit stands in for the full disk: the graph does not fit."""
+    resource = pytest.importorskip("resource")
+
+    def limit():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+
+    command = [sys.executable, "-m", "export", str(merged[0]), "--out", str(tmp_path / "package")]
+    full = subprocess.run(command, preexec_fn=limit, capture_output=True, text=True, check=False)  # noqa: PLW1509
+    assert full.returncode == 2, full.stderr
+    assert full.stderr.strip().splitlines()[-1].startswith("error: ")
+    assert "Traceback" not in full.stderr
+    assert list(tmp_path.iterdir()) == []
