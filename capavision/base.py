@@ -1,6 +1,5 @@
 """The timm model underneath: enough to build it again, and a fingerprint that tells it from another checkpoint."""
 
-import inspect
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -45,14 +44,12 @@ class Base:
             name = self.model.partition(".")[0]
             raise ValueError(f"unknown timm model {self.model!r}; {near(name, timm.list_models())}")
         kwargs["num_classes"] = num_classes
-        if self.img_size is not None and _takes_img_size(self.model):
-            kwargs["img_size"] = self.img_size
         if self.weights not in ("pretrained", "random"):
             kwargs["pretrained_cfg_overlay"] = {"file": str(self._file())}
         with torch.random.fork_rng(devices=[]):  # a fresh head and random weights depend on the seed alone
             torch.manual_seed(self.seed)
             try:
-                model: nn.Module = timm.create_model(self.model, pretrained=self.weights != "random", **kwargs)
+                model = self._create(pretrained=self.weights != "random", **kwargs)
             except (OSError, RuntimeError) as error:
                 if self.weights != "pretrained" or _is_own_fault(error):
                     raise
@@ -61,6 +58,18 @@ class Base:
                     f"({type(error).__name__}); choices: a machine that reaches the Hugging Face hub, "
                     "--weights FILE.safetensors, --weights random, or --model demo (weights from a Python package)"
                 ) from error
+        return model
+
+    def _create(self, **kwargs: Any) -> nn.Module:
+        import timm
+
+        size: dict[str, Any] = {} if self.img_size is None else {"img_size": self.img_size}
+        try:
+            model: nn.Module = timm.create_model(self.model, **size, **kwargs)
+        except TypeError as error:
+            if "'img_size'" not in str(error):
+                raise
+            model = timm.create_model(self.model, **kwargs)  # convolutional nets take any size and are not told one
         return model
 
     def _file(self) -> Any:
@@ -75,15 +84,6 @@ class Base:
 
 def _is_own_fault(error: Exception) -> bool:
     return isinstance(error, RuntimeError) and "hub" not in str(error).lower()
-
-
-def _takes_img_size(name: str) -> bool:
-    """Whether the architecture is built for one input size; convolutional nets take any."""
-    import timm
-
-    source = inspect.getmodule(timm.model_entrypoint(name.partition(".")[0]))
-    cfg = timm.get_pretrained_cfg(name)
-    return bool(cfg and cfg.fixed_input_size) or "img_size" in inspect.getsource(source or timm)
 
 
 def fingerprint(model: nn.Module, trained: Collection[str] = ()) -> dict[str, float]:

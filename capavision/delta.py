@@ -47,8 +47,9 @@ class Site:
         From the site's key, hence the same on every machine and version, and free to be rebuilt instead of saved.
         """
         words = stream(f"{self.key(factor)}/init", math.prod(shape))
-        unit = torch.from_numpy((words >> np.uint64(11)).astype(np.float64) * 2.0**-53).view(shape)
-        return ((2 * unit - 1) * shape[-1] ** -0.5).to(self.like)
+        unit: Tensor = torch.from_numpy((words >> np.uint64(11)).astype(np.float64) * 2.0**-53).view(shape)
+        bound: float = shape[-1] ** -0.5
+        return ((2 * unit - 1) * bound).to(self.like)
 
 
 class Delta(nn.Module):

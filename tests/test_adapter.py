@@ -128,7 +128,7 @@ def test_one_full_branch_is_a_plain_bottleneck():
 
 @each_setting
 def test_the_start_is_d_uniform_and_the_rest_zero(method):
-    delta = method.build(site(64, 256))
+    delta = method.build(site(256, 256))
     bound = 256**-0.5
     assert delta.D.value.abs().max() <= bound
     assert delta.D.value.max() > 0.9 * bound
@@ -172,11 +172,58 @@ def test_parallel_reads_the_input_and_the_others_the_output(where, reads):
     torch.testing.assert_close(delta(**given), TiedCopies(method, delta, at)(given[reads]), **EXACT)
 
 
-def test_parallel_serves_blocks_that_change_the_width():
-    at, method = site(12, 8), cv.Adapter(rank=4, where="parallel")
-    delta = awake(method, at)
-    x, y = torch.randn(2, 8, dtype=torch.float64), torch.randn(2, 12, dtype=torch.float64)
-    torch.testing.assert_close(delta(x, y), TiedCopies(method, delta, at)(x), **EXACT)
+@pytest.mark.parametrize(("where", "width"), [("pfeiffer", 12), ("houlsby", 12), ("parallel", 8)])
+def test_a_block_that_changes_the_width_is_served(where, width):
+    """8 channels in, 12 out: the bottleneck is as wide as what it reads, the block's output or its input."""
+    method = cv.Adapter(rank=4, branches=2, where=where)
+    delta = awake(method, site(12, 8))
+    assert delta.D.value.shape == (4, width)
+    assert delta.U.value.shape == (12, 4)
+    given = {n: seeded(lambda c=c: torch.randn(2, c, dtype=torch.float64)) for n, c in (("x", 8), ("y", 12))}
+    expected = TiedCopies(method, delta, site(12, width))(given["x" if where == "parallel" else "y"])
+    torch.testing.assert_close(delta(**given), expected, **EXACT)
+
+
+@pytest.mark.parametrize("where", ["pfeiffer", "houlsby"])
+@pytest.mark.parametrize(("name", "size"), [("hiera_tiny_224", 224), ("levit_128s", 224), ("test_coatnet", 160)])
+def test_downsampling_blocks_are_served(name, size, where):
+    model, x = awaken(create(name)), images(size, 1)
+    plain = outputs(model, x)
+    cv.inject(model, cv.Adapter(rank=2, where=where), example=x)
+    torch.testing.assert_close(outputs(model, x), plain, rtol=1e-4, atol=1e-5)
+    assert any(c_out != c_in for c_out, c_in, _ in injections(model)[0].axes.values())
+    awaken(model, 1)
+    assert_moved(outputs(model, x), plain)
+
+
+def test_a_block_that_takes_a_list_is_served_by_what_it_returns():
+    model = Listed()
+    x = torch.randn(3, 6)
+    plain = model(x)
+    cv.inject(model, cv.Adapter(rank=2), "body", example=x)
+    assert torch.equal(model(x), plain)
+    awaken(model.body.delta)
+    torch.testing.assert_close(model(x), plain + model.body.delta(None, plain))
+
+
+class Fuse(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.proj = nn.Linear(12, 6)
+
+    def forward(self, xs):
+        return self.proj(torch.cat(xs, -1))
+
+
+class Listed(nn.Module):
+    """A block of several inputs, as mobilenetv5's fusion of features."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = Fuse()
+
+    def forward(self, x):
+        return self.body([x, x])
 
 
 PLACES = [
@@ -313,7 +360,7 @@ def test_measuring_leaves_modes_and_hooks_alone(vit):
     vit.train()
     vit.blocks[0].eval()
     before = snapshot(vit)
-    with pytest.raises(ValueError, match="cannot tell|example|did not run|dead"):
+    with pytest.raises(ValueError, match="did not run in the model's forward pass"):
         cv.inject(vit, cv.Adapter(rank=2), "*")  # ModuleLists and the like never run
     assert_unchanged(vit, before)
     cv.inject(vit, cv.Adapter(rank=2))

@@ -187,6 +187,16 @@ def test_the_start_depends_on_seed_and_name_alone():
     assert not torch.equal(first, method.build(site(seed=1)).A.value)
 
 
+def test_the_start_is_that_of_the_first_release():
+    """In float64 from the key alone: independent of torch's generators, versions and default dtype."""
+    A = cv.LoRA(rank=2).build(site(n_in=3)).A.value
+    words = [[int(word) >> 11 for word in row] for row in stream("0/host/A/init", 6).reshape(2, 3)]
+    rows = [[(2 * word / 2**53 - 1) / math.sqrt(3) for word in row] for row in words]
+    expected = torch.tensor(rows, dtype=torch.float64)
+    torch.testing.assert_close(A, expected, rtol=1e-15, atol=1e-15)
+    assert A[0, 0].item() == pytest.approx(-0.24181674402102613, rel=1e-15)
+
+
 def test_every_host_and_every_part_starts_with_values_and_masks_of_its_own(vit):
     cv.inject(vit, cv.LoRA(rank=4, branches=2), "qkv", "qkv")
     built = [part for block in vit.blocks for part in block.attn.qkv.delta.parts.values()]

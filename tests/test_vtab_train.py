@@ -257,6 +257,7 @@ REFUSED = {
     "device": (["--task", "digits", "--device", "tpu"], "--device tpu is not on this machine; here: "),
     "flag": (["--task", "digits", "--rnak", "4"], "unrecognized arguments: --rnak 4; did you mean '--rank'"),
     "value": (["--task", "digits", "--rank", "four"], "argument --rank: invalid int value: 'four'; see python -m"),
+    "drop path": (["--task", "digits", "--model", "vgg11"], "vgg11 has no stochastic depth; pass --drop-path 0"),
     "demo size": (["--task", "digits", "--model", "demo", "--img-size", "50"], "choose a multiple"),
     "weights": (["--task", "digits", "--weights", "model.pt"], "not a .safetensors file here"),
 }

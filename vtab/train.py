@@ -46,8 +46,7 @@ def train(config: Config, folder: Path) -> dict[str, Any]:
         config.task, config.data_root, seed=config.seed, partial=config.partial, split_file=config.split_file
     )
     base = backbones.resolve(config.model, config.weights, config.img_size, config.seed)
-    drop_path = {"drop_path_rate": config.drop_path} if config.drop_path else {}
-    model = base.build(len(data.classes), **drop_path)
+    model = build(base, len(data.classes), config)
     preprocessing = Preprocessing.of(model, base)
     targets = config.targets.split(",") if config.targets else None
     report = cv.inject(model, config.method, targets, config.parts, seed=config.seed)
@@ -66,6 +65,16 @@ def train(config: Config, folder: Path) -> dict[str, Any]:
     info = {"task": data.task, "source": data.source, "preprocessing": preprocessing.record(), "stage": config.stage}
     cv.save(model, folder / "adapter.safetensors", base=base, classes=data.classes, info=info)
     return record.conclude(config, folder, data, model, report, history, preprocessing)
+
+
+def build(base: cv.Base, num_classes: int, config: Config) -> nn.Module:
+    """The backbone with the run's stochastic depth."""
+    try:
+        return base.build(num_classes, **({"drop_path_rate": config.drop_path} if config.drop_path else {}))
+    except TypeError as error:
+        if "drop_path_rate" not in str(error):
+            raise
+        raise ValueError(f"{config.model} has no stochastic depth; pass --drop-path 0") from error
 
 
 def fit(
