@@ -89,7 +89,7 @@ def mlps(model: nn.Module) -> list[str]:
     found: list[str] = []
     for name, module in model.named_modules():
         last, kind = name.rpartition(".")[2], type(module).__name__.lower()
-        is_mlp = last in _MLP_NAMES or "mlp" in kind or "feedforward" in kind
+        is_mlp = last in _MLP_NAMES or ("." in name and ("mlp" in kind or "feedforward" in kind))
         inside = name.startswith(inner) or any(name.startswith(f"{outer}.") for outer in found)
         if not is_mlp or inside or not name or "token" in last or isinstance(module, nn.Sequential):
             continue

@@ -8,13 +8,17 @@ from torch import Tensor, nn
 
 
 def measure(model: nn.Module, hosts: Iterable[str], example: Tensor | None) -> dict[str, tuple[int, int, int]]:
-    """Channels out and in and the channel axis of each block, seen in one forward pass without gradient."""
+    """Channels out and in and the channel axis of each block, seen in one forward pass without gradient.
+
+    Channels in are 0 where the input is no tensor that matches the output place by place: a block that downsamples.
+    """
     shapes: dict[str, tuple[torch.Size, torch.Size]] = {}
 
     def note(name: str) -> Any:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
             y = output[0] if isinstance(output, tuple) else output
-            shapes[name] = (args[0].shape, y.shape)
+            x = args[0] if args and isinstance(args[0], Tensor) else y.new_empty(0)
+            shapes[name] = (x.shape, y.shape)
 
         return hook
 
@@ -46,15 +50,20 @@ def _example(model: nn.Module) -> Tensor:
 
 
 def _channels(model: nn.Module, name: str, x: torch.Size, y: torch.Size) -> tuple[int, int, int]:
+    axis = _axis(model.get_submodule(name), name, y)
+    aligned = len(x) == len(y) and all(a == b for i, (a, b) in enumerate(zip(x, y, strict=True)) if i != axis % len(y))
+    return y[axis], x[axis] if aligned else 0, axis
+
+
+def _axis(block: nn.Module, name: str, y: torch.Size) -> int:
     if len(y) != 4:
-        return y[-1], x[-1], -1
-    widths = {size for p in model.get_submodule(name).parameters() if p.ndim > 1 for size in (p.shape[0], p[0].numel())}
+        return -1
+    widths = {size for p in block.parameters() if p.ndim > 1 for size in (p.shape[0], p[0].numel())}
     first, last = y[1] in widths, y[-1] in widths
     if first == last:  # widths do not tell: images are square more often than channels equal a side
         first, last = y[2] == y[3], y[1] == y[2]
     if first == last:
         raise ValueError(
-            f"{name}: cannot tell the channel axis of its output {tuple(y)}; pass example= of another size"
+            f"{name}: cannot tell the channel axis of its output {tuple(y)}; pass an example= of another size"
         )
-    axis = 1 if first else -1
-    return y[axis], x[axis], axis
+    return 1 if first else -1

@@ -22,7 +22,8 @@ class Site:
     """Where a delta will act, as far as a method needs to know.
 
     name:  the host's qualified name, followed by ":part" where the delta serves some rows of it only.
-    n_out, n_in: rows and columns of ΔW (a conv's kernel counts as columns); the channels of y and of x for a block.
+    n_out, n_in: rows and columns of ΔW (a conv's kernel counts as columns); for a block the channels of y and of x,
+           0 for an x that does not match y place by place.
     axis:  the channel axis of a block's output, 1 or -1.
     like:  a tensor with the device and dtype to build on.
     """

@@ -160,8 +160,8 @@ def _build(model: nn.Module, plan: Injection, name: str) -> Delta:
             built[part] = ((start, stop), delta)
         return Rows(n_out, built)
     except ValueError as error:
-        shape = tuple(getattr(host, "weight", torch.empty(0)).shape) or ""
-        raise ValueError(f"{name} ({type(host).__name__} {shape}): {error}") from error
+        shape = f" {tuple(weight_of(host).shape)}" if plan.method.placement is WeightDelta else ""
+        raise ValueError(f"{name} ({type(host).__name__}{shape}): {error}") from error
 
 
 def _report(model: nn.Module, plan: Injection) -> Report:

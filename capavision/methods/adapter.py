@@ -70,7 +70,13 @@ class Adapter(Sharing, Method):
         return dict.fromkeys(PLACEMENTS[self.where](model))
 
     def build(self, site: Site) -> "Bottleneck":
-        down = self.factor(site.uniform("D", self.rank, site.n_in), site.key("D"), dim=0)
+        n_in = site.n_in if self.where == "parallel" else site.n_out
+        if not n_in:
+            raise ValueError(
+                "its output has another shape than its input, so nothing can run beside it; name other targets, or "
+                "where='pfeiffer' or 'houlsby'"
+            )
+        down = self.factor(site.uniform("D", self.rank, n_in), site.key("D"), dim=0)
         up = self.factor(site.zeros(site.n_out, self.rank), site.key("U"), dim=1)
         return Bottleneck(self, down, site.zeros(self.rank), up, site.zeros(site.n_out), site.axis)
 
