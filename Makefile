@@ -27,4 +27,4 @@ lint: setup
 	$(PY) -m mypy
 
 clean:
-	rm -rf $(VENV) runs *.egg-info build .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) *.egg-info build .pytest_cache .mypy_cache .ruff_cache

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from capavision.attention import classifier
@@ -43,13 +44,19 @@ class Base:
         if not timm.is_model(self.model):
             name = self.model.partition(".")[0]
             raise ValueError(f"unknown timm model {self.model!r}; {near(name, timm.list_models())}")
+        architecture, _, tag = self.model.partition(".")
+        tags = [found.partition(".")[2] for found in timm.list_pretrained(f"{architecture}.*")]
+        if tag and tag not in tags:
+            raise ValueError(f"{architecture} has no weights tagged {tag!r}; {near(tag, tags)}")
         kwargs["num_classes"] = num_classes
         if self.weights not in ("pretrained", "random"):
             kwargs["pretrained_cfg_overlay"] = {"file": str(self._file())}
         with torch.random.fork_rng(devices=[]):  # a fresh head and random weights depend on the seed alone
-            torch.manual_seed(self.seed)
+            torch.default_generator.manual_seed(self.seed)
             try:
                 model = self._create(pretrained=self.weights != "random", **kwargs)
+            except SafetensorError as error:
+                raise ValueError(f"{self.weights} is damaged or no safetensors file ({error})") from error
             except (OSError, RuntimeError) as error:
                 if self.weights != "pretrained" or _is_own_fault(error):
                     raise
@@ -58,7 +65,22 @@ class Base:
                     f"({type(error).__name__}); choices: a machine that reaches the Hugging Face hub, "
                     "--weights FILE.safetensors, --weights random, or --model demo (weights from a Python package)"
                 ) from error
+        if "pretrained_cfg_overlay" in kwargs:
+            self._check_file(model)
         return model
+
+    def _check_file(self, model: nn.Module) -> None:
+        """timm only logs the keys it could not load, and would leave their tensors random."""
+        with safe_open(self._file(), framework="pt") as file:
+            there = set(file.keys())
+        head = tuple(f"{name}." for name in classifier(model))
+        own = [name for name, _ in model.named_parameters() if not name.startswith(head)]
+        missing = [name for name in own if name not in there]
+        if missing:
+            raise ValueError(
+                f"{self.weights} does not fit {self.model}: {len(missing)} of {len(own)} tensors are not in it, first "
+                f"{missing[0]}; choose the model it was saved from"
+            )
 
     def _create(self, **kwargs: Any) -> nn.Module:
         import timm
@@ -96,11 +118,14 @@ def fingerprint(model: nn.Module, trained: Collection[str] = ()) -> dict[str, fl
     prefixes = tuple(f"{name}." for name in own)
     base = {k: v for k, v in model.state_dict().items() if not k.startswith(prefixes) and k not in trained}
     floats = {name: tensor for name, tensor in base.items() if tensor.is_floating_point()}
-    return {name: float(f"{tensor.detach().double().norm().item():.7g}") for name, tensor in floats.items()}
+    return {name: float(f"{tensor.detach().cpu().double().norm().item():.7g}") for name, tensor in floats.items()}
 
 
 def differences(expected: Mapping[str, float], found: Mapping[str, float], tolerance: float = 1e-4) -> list[str]:
-    """The tensors whose recorded norm is not the one found, and those that only one side has."""
+    """The tensors whose recorded norm is not the one found, and those that only one side has.
+
+    A bfloat16 copy of a float32 base counts as another one: its weights are rounded in the third digit.
+    """
     close = {
         name
         for name in expected.keys() & found.keys()

@@ -133,6 +133,12 @@ class Method:
         super().__init_subclass__(**kwargs)
         if "name" not in cls.__dict__:
             cls.name = cls.__module__.rpartition(".")[2]
+        other = cls.known.get(cls.name)
+        if other is not None and other.__qualname__ != cls.__qualname__:
+            raise TypeError(
+                f"{other.__qualname__} and {cls.__qualname__} would both be the method {cls.name!r}; keep each in a "
+                "file of its own, or give the class a `name`"
+            )
         cls.known[cls.name] = cls
 
     def targets(self, model: nn.Module) -> dict[str, str | None]:

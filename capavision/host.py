@@ -113,7 +113,8 @@ def detach(module: nn.Module, training: bool) -> None:
         if isinstance(getattr(module, SLOT, None), Delta):
             delattr(module, SLOT)
         else:
-            module.train(training)
+            trained_before = module.__dict__.pop("_trained_before")
+            module.train(training and trained_before)
 
 
 def fold(host: nn.Module) -> None:
@@ -136,10 +137,16 @@ def delta_dtype(weight: Tensor) -> torch.dtype:
     return torch.float64 if weight.dtype is torch.float64 else torch.float32
 
 
+def is_batch_norm(module: nn.Module) -> bool:
+    """Whether the module keeps running statistics."""
+    return isinstance(module, _BatchNorm)
+
+
 def freeze_batch_norm(model: nn.Module) -> list[nn.Module]:
     """Keep every batch norm in eval for good, so that running statistics stay those of the base; returns them."""
-    norms: list[nn.Module] = [m for m in model.modules() if isinstance(m, _BatchNorm) and not is_swapped(m)]
+    norms: list[nn.Module] = [m for m in model.modules() if is_batch_norm(m) and not is_swapped(m)]
     for norm in norms:
+        norm.__dict__["_trained_before"] = norm.training or not model.training
         _swap(norm, "Frozen")
         norm.train(False)
     return norms

@@ -142,10 +142,11 @@ class Sharing:
                 f"complementary masks share the entries out among {branches} branches, so density is {1 / branches:g}, "
                 f"not {density}; leave density out, or choose masks='random'"
             )
-        if self.masks == "2:4" and (density != 0.5 or (branches > 1 and branches % 2)):
+        if self.masks == "2:4" and density != 0.5:
+            raise ValueError(f"2:4 masks keep half of every four entries: density is 0.5, not {density}; leave it out")
+        if self.masks == "2:4" and branches > 1 and branches % 2:
             raise ValueError(
-                f"2:4 masks keep half of every four entries and pair up as complements, so density is 0.5 and branches "
-                f"1 or even, not density={density}, branches={branches}; choose masks='random' for other numbers"
+                f"2:4 masks pair up as complements, so branches is 1 or even, not {branches}; masks='random' serves any"
             )
         if self.masks == "random" and branches > 1 and density == 1:
             raise ValueError(

@@ -46,13 +46,18 @@ def save(
         info: anything JSON can hold that a user of the file wants back: preprocessing, task, accuracy.
 
     Raises:
-        ValueError: the model carries no injection, or `classes` does not fit its logits.
+        ValueError: the model carries no injection, `classes` does not fit its logits, or batch norms were left to
+            train, whose statistics the file does not hold.
         OSError: the disk is full or the folder cannot be written; a file that was there stays.
 
     >>> save(model, "dtd.safetensors", classes=["banded", "blotchy"])  # doctest: +SKIP
     """
     if not injections(model):
         raise ValueError("the model carries no injection, so there is nothing to save; call capavision.inject first")
+    if not all(plan.freeze_norm for plan in injections(model)) and any(map(hosting.is_batch_norm, model.modules())):
+        raise ValueError(
+            "batch norms were left to train (freeze_norm=False), and their statistics have no place in the file"
+        )
     num_classes = getattr(model, "num_classes", None)
     if classes is not None and num_classes not in (None, len(classes)):
         raise ValueError(f"{len(classes)} class names for a model with {num_classes} classes")
@@ -89,22 +94,23 @@ def load(path: str | os.PathLike[str], model: nn.Module | None = None, *, check_
     >>> model = load("dtd.safetensors")  # doctest: +SKIP
     """
     metadata, tensors = _read(path)
-    built = model is None
-    if model is None:
-        if metadata["base"] is None:
-            raise ValueError(f"{path} does not say how its base model was built; pass it: load(path, model=…)")
-        model = Base(**metadata["base"]).build(metadata["num_classes"]).eval()
     try:
         plans = [_from_json(plan, path) for plan in metadata["injections"]]
+        base = Base(**metadata["base"]) if metadata["base"] else None
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: its metadata is damaged ({error!r}); save it again") from error
+    built = model is None
+    if model is None:
+        if base is None:
+            raise ValueError(f"{path} does not say how its base model was built; pass it: load(path, model=…)")
+        model = base.build(metadata["num_classes"]).eval()
     _check_fit(path, metadata, tensors, model, plans, check_base)
     try:
         for plan in plans:
             apply(model, plan)
         _check_masks(path, metadata, model)
         _restore(path, model, tensors)
-    except ValueError:
+    except BaseException:  # Ctrl-C too leaves the model as it was
         remove(model)
         raise
     return model if not built else model.eval()
@@ -145,8 +151,6 @@ def remove(model: nn.Module) -> nn.Module:
 
     >>> base = remove(model)  # doctest: +SKIP
     """
-    for module in list(model.modules()):
-        hosting.detach(module, model.training)
     _release(model)
     return model
 
@@ -156,7 +160,7 @@ def _release(model: nn.Module, keep: type | None = None) -> None:
         for name, p in model.named_parameters():
             p.requires_grad_(name in plans[0].frozen)
         delattr(model, RECORD)
-    for module in model.modules():
+    for module in list(model.modules()):
         if keep is None or not isinstance(getattr(module, hosting.SLOT, None), keep):
             hosting.detach(module, model.training)
 

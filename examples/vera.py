@@ -33,6 +33,8 @@ class VeRA(Method):
 
 
 class Scaled(WeightDelta):
+    """ΔW = diag(b) B diag(d) A."""
+
     def __init__(self, site, rank):
         super().__init__()
         self.register_buffer("A", site.uniform("A", rank, site.n_in), persistent=False)  # the seed rebuilds them

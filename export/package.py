@@ -74,7 +74,7 @@ def build(source: Source, out: Path, *, opset: int | None = None, tolerance: flo
         onnx.checker.check_model(str(work / "model.onnx"), full_check=True)
         _write(work / "config.json", _config(source, labels))
         _write(work / "preprocessor_config.json", _preprocessor(preprocessing))
-        manifest = _manifest(source, work, opset=proto.opset_import[0].version)
+        manifest = _manifest(source, work, opset=proto.opset_import[0].version) | {"parity": {}, "probe": {}}
         _write(work / "manifest.json", manifest)  # the classifier wants one, the figures follow
         runtime = Classifier(work)
         manifest["parity"] = parity(runtime.logits, source.model, runtime, tolerance)
@@ -110,17 +110,21 @@ def parity(
             raise ValueError(f"at batch {batch} ONNX Runtime and PyTorch disagree on top-1; nothing was written")
         if error > WARN:
             print(f"warning: at batch {batch} the relative error is {error:.1e}", file=sys.stderr)
-    return {"relative_error": errors, "tolerance": tolerance, "distance_to_base": _distance(model, runtime, tolerance)}
+    return {
+        "relative_error": errors,
+        "tolerance": tolerance,
+        "distance_to_base": _distance(model, runtime, max(errors.values())),
+    }
 
 
-def _distance(model: nn.Module, runtime: Classifier, tolerance: float) -> float | None:
+def _distance(model: nn.Module, runtime: Classifier, error: float) -> float | None:
     """How far the deltas move the logits: parity would prove nothing of deltas that do not."""
     if not any(isinstance(module, cv.Delta) for module in model.modules()):
         return None
     pixels = random_pixels(BATCHES[-1], BATCHES[-1], runtime.preprocessor["size"]["height"])
     base = cv.remove(copy.deepcopy(model))
     distance = relative_error(reference(base, runtime, pixels), reference(model, runtime, pixels))
-    if distance < 10 * tolerance:
+    if distance <= 10 * error:
         raise ValueError(f"the adapter moves the logits by {distance:.1e} only, as if untrained; nothing was written")
     return distance
 

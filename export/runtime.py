@@ -52,6 +52,21 @@ def read_json(path: Path) -> Any:
         raise ValueError(f"{path} is damaged ({error}); export again") from error
 
 
+def read_manifest(folder: Path) -> Any:
+    """The manifest of a package.
+
+    Raises:
+        ValueError: it is missing or damaged, or of a newer format.
+    """
+    manifest = read_json(folder / "manifest.json")
+    if not isinstance(manifest, dict) or not {"schema_version", "files", "parity", "probe"} <= manifest.keys():
+        raise ValueError(f"{folder / 'manifest.json'} is damaged; export again")
+    if manifest["schema_version"] > SCHEMA:
+        found = manifest["schema_version"]
+        raise ValueError(f"{folder} has format {found}, this runtime reads up to {SCHEMA}; upgrade capavision")
+    return manifest
+
+
 class Classifier:
     """A package, loaded: paths or PIL images in, labels and probabilities out.
 
@@ -68,10 +83,7 @@ class Classifier:
 
     def __init__(self, folder: str | Path, threads: int | None = None) -> None:
         folder = Path(folder)
-        self.manifest = read_json(folder / "manifest.json")
-        if self.manifest["schema_version"] > SCHEMA:
-            found = self.manifest["schema_version"]
-            raise ValueError(f"{folder} has format {found}, this runtime reads up to {SCHEMA}; upgrade capavision")
+        self.manifest = read_manifest(folder)
         self.labels = [label for _, label in sorted(read_json(folder / "config.json")["id2label"].items(), key=_number)]
         self.preprocessor = read_json(folder / "preprocessor_config.json")
         options = onnxruntime.SessionOptions()

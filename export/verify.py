@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 
 from export import cli
-from export.runtime import FILES, TOLERANCE, Classifier, random_pixels, read_json, relative_error, sha256
+from export.runtime import FILES, Classifier, random_pixels, read_manifest, relative_error, sha256
 
 
 def main(argv: list[str] | None = None) -> float:
@@ -17,7 +17,7 @@ def main(argv: list[str] | None = None) -> float:
     parser = cli.Parser(prog="python -m export.verify", description=__doc__)
     parser.add_argument("package", type=Path, metavar="DIR", help="what python -m export wrote")
     folder = parser.parse_args(argv).package
-    manifest = read_json(folder / "manifest.json")
+    manifest = read_manifest(folder)
     for name in FILES:
         expected = manifest["files"].get(name, {}).get("sha256")
         found = sha256(folder / name) if (folder / name).is_file() else None
@@ -29,8 +29,9 @@ def main(argv: list[str] | None = None) -> float:
     error = relative_error(
         classifier.logits(random_pixels(probe["seed"], probe["count"], size)), np.array(probe["logits"], np.float32)
     )
-    if not error <= TOLERANCE:
-        raise ValueError(f"{folder}: the probe is off by {error:.1e} of its largest logit, above {TOLERANCE:g}")
+    tolerance = manifest["parity"]["tolerance"]
+    if not error <= tolerance:
+        raise ValueError(f"{folder}: the probe is off by {error:.1e} of its largest logit, above {tolerance:g}")
     print(f"{folder}: {len(FILES)} checksums right, probe within {error:.1e}")
     return error
 

@@ -206,6 +206,18 @@ def test_a_block_that_takes_a_list_is_served_by_what_it_returns():
     torch.testing.assert_close(model(x), plain + model.body.delta(None, plain))
 
 
+def test_nothing_runs_beside_a_block_whose_input_does_not_match_its_output():
+    model, method = Listed(), cv.Adapter(rank=2, where="parallel")
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=r"body \(Fuse\): its output has another shape than its input, so nothing can"):
+        cv.inject(model, method, "body", example=torch.zeros(3, 6))
+    assert_unchanged(model, before)
+    hiera, x = create("hiera_tiny_224", img_size=64), images(64)
+    with pytest.raises(ValueError, match=r"blocks\.1\.attn.* so nothing can run beside it; name other targets"):
+        cv.inject(hiera, method, "attn", example=x)
+    assert len(cv.inject(hiera, method, example=x).hosts) == 12  # its MLPs keep the shape
+
+
 class Fuse(nn.Module):
     def __init__(self):
         super().__init__()
@@ -318,7 +330,9 @@ class Square(nn.Module):
 def test_an_axis_that_cannot_be_told_is_refused_until_an_example_tells():
     model = Square()
     before = snapshot(model)
-    with pytest.raises(ValueError, match=r"body: cannot tell the channel axis of its output \(1, 8, 8, 8\); pass exa"):
+    with pytest.raises(
+        ValueError, match=r"body: cannot tell the channel axis of its output \(1, 8, 8, 8\); pass an example="
+    ):
         cv.inject(model, cv.Adapter(rank=2), "body", example=torch.zeros(1, 8, 8, 8))
     assert_unchanged(model, before)
     assert cv.inject(model, cv.Adapter(rank=2), "body", example=torch.zeros(1, 8, 6, 6)).trained == 2 * 17 + 8
@@ -385,7 +399,7 @@ def test_a_failing_forward_pass_leaves_the_model_alone(vit):
         ({"rank": 2.5}, r"rank=2\.5 must be a whole number"),
         ({"where": "sequential"}, "where='sequential' is unknown; choose one of pfeiffer, houlsby, parallel"),
         ({"activation": "swish"}, "activation='swish' is unknown; choose one of relu, gelu, silu, tanh"),
-        ({"branches": 3, "masks": "2:4"}, "branches 1 or even"),
+        ({"branches": 3, "masks": "2:4"}, "branches is 1 or even"),
         ({"density": 2.0}, r"density=2\.0 must lie in"),
     ],
 )

@@ -240,6 +240,8 @@ def test_a_newer_package_says_to_upgrade(copied, capsys):
     manifest = json.loads((copied / "manifest.json").read_text())
     (copied / "manifest.json").write_text(json.dumps({**manifest, "schema_version": 99}))
     assert "upgrade capavision" in refused(capsys, predict.main, copied, "x.png")
+    (copied / "manifest.json").write_text("{}")
+    assert "manifest.json is damaged" in refused(capsys, verify.main, copied)
 
 
 def test_a_truncated_graph_is_one_line(copied, capsys):
@@ -276,7 +278,7 @@ def test_a_full_disk_leaves_no_half_written_package(merged, tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 
     command = [sys.executable, "-m", "export", str(merged[0]), "--out", str(tmp_path / "package")]
-    full = subprocess.run(command, preexec_fn=limit, capture_output=True, text=True, check=False)  # noqa: PLW1509
+    full = subprocess.run(command, preexec_fn=limit, capture_output=True, text=True, check=False)
     assert full.returncode == 2, full.stderr
     assert full.stderr.strip().splitlines()[-1].startswith("error: ")
     assert "Traceback" not in full.stderr

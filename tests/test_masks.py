@@ -274,9 +274,9 @@ CASES = [
     Case(
         {"branches": 2, "density": 0.5, "masks": "2:4"},
         {"branches": 2, "density": 0.25, "masks": "2:4"},
-        "2:4 masks keep half of every four entries.*not density=0.25, branches=2",
+        "2:4 masks keep half of every four entries: density is 0.5, not 0.25",
     ),
-    Case({"branches": 4, "masks": "2:4"}, {"branches": 3, "masks": "2:4"}, "1 or even, not density=0.5, branches=3"),
+    Case({"branches": 4, "masks": "2:4"}, {"branches": 3, "masks": "2:4"}, "branches is 1 or even, not 3"),
     Case({"branches": 2, "density": 0.99}, {"branches": 2, "density": 1.0}, "density=1 makes the 2 branches equal"),
 ]
 

@@ -236,7 +236,6 @@ def test_two_processes_cannot_train_in_one_folder(tmp_path, capsys):
 
     argv = ["--task", "digits", *TINY, "--out", str(tmp_path), "--name", "a"]
     (tmp_path / "a").mkdir()
-    train.record.claim(tmp_path / "a", parse(argv))
     with FileLock(tmp_path / "a" / ".lock"):
         assert "another process trains in" in refused(capsys, argv)
 
@@ -249,7 +248,7 @@ REFUSED = {
     "target": (["--task", "digits", "--targets", "qkw"], "no module matches 'qkw'; did you mean 'qkv'"),
     "rank": (["--task", "digits", "--rank", "0"], "rank=0 must be a whole number of at least 1"),
     "density": (["--task", "digits", "--branches", "2", "--density", "-0.5"], "density=-0.5 must lie in (0, 1]"),
-    "2:4 branches": (["--task", "digits", "--branches", "3", "--masks", "2:4"], "branches 1 or even"),
+    "2:4 branches": (["--task", "digits", "--branches", "3", "--masks", "2:4"], "branches is 1 or even, not 3"),
     "2:4 rank": (["--task", "digits", "--branches", "2", "--masks", "2:4", "--rank", "6"], "blocks.0.attn.qkv"),
     "epochs": (["--task", "digits", "--epochs", "0"], "--epochs 0 must be at least 1"),
     "lr": (["--task", "digits", "--lr", "-1"], "--lr -1.0 must lie in"),
@@ -257,6 +256,10 @@ REFUSED = {
     "device": (["--task", "digits", "--device", "tpu"], "--device tpu is not on this machine; here: "),
     "flag": (["--task", "digits", "--rnak", "4"], "unrecognized arguments: --rnak 4; did you mean '--rank'"),
     "value": (["--task", "digits", "--rank", "four"], "argument --rank: invalid int value: 'four'; see python -m"),
+    "alpha": (["--task", "digits", "--alpha", "0"], "alpha=0.0 must be a finite number other than 0"),
+    "seed": (["--task", "digits", "--seed", str(10**20)], "must lie in [0, 2147483648)"),
+    "tag": (["--task", "digits", "--model", "vit_tiny_patch16_224.foo"], "has no weights tagged 'foo'; did you mean"),
+    "size": (["--task", "digits", "--img-size", "8"], "test_vit cannot take images of 8 pixels; choose another"),
     "drop path": (["--task", "digits", "--model", "vgg11"], "vgg11 has no stochastic depth; pass --drop-path 0"),
     "demo size": (["--task", "digits", "--model", "demo", "--img-size", "50"], "choose a multiple"),
     "weights": (["--task", "digits", "--weights", "model.pt"], "not a .safetensors file here"),
@@ -266,9 +269,11 @@ REFUSED = {
 @pytest.mark.parametrize("case", REFUSED)
 def test_a_mistake_is_one_line_that_names_the_cure(case, tmp_path, capsys):
     argv, message = REFUSED[case]
-    defaults = [] if "--model" in argv else ["--model", "test_vit", "--img-size", "32"]
+    defaults = [] if "--model" in argv else ["--model", "test_vit"]
+    defaults += [] if "--img-size" in argv else ["--img-size", "32"]
     defaults += [] if "--weights" in argv else ["--weights", "random"]
     assert message in refused(capsys, [*argv, *defaults, "--out", str(tmp_path)])
+    assert list(tmp_path.iterdir()) == [], "a refused command left something behind"
 
 
 def test_absent_pretrained_weights_name_the_choices(tmp_path, capsys, monkeypatch):
@@ -315,3 +320,47 @@ def test_own_weights_are_taken_from_a_safetensors_file(tmp_path):
     run(tmp_path, "--name", "a", "--weights", str(tmp_path / "mine.safetensors"), "--test-limit", "5")
     model = cv.load(tmp_path / "a" / "adapter.safetensors")
     assert torch.equal(cv.remove(model).blocks[0].mlp.fc1.weight, source.blocks[0].mlp.fc1.weight)
+
+
+def test_weights_of_another_architecture_are_refused(tmp_path, capsys):
+    from safetensors.torch import save_file
+
+    save_file(cv.Base("test_resnet", "random").build(3).state_dict(), tmp_path / "other.safetensors")
+    (tmp_path / "junk.safetensors").write_text("no tensors")
+    argv = ["--task", "digits", *TINY, "--out", str(tmp_path / "runs"), "--weights"]
+    assert "does not fit test_vit" in refused(capsys, [*argv, str(tmp_path / "other.safetensors")])
+    assert "damaged or no safetensors file" in refused(capsys, [*argv, str(tmp_path / "junk.safetensors")])
+
+
+def test_weights_that_are_not_finite_are_not_checkpointed(tmp_path, monkeypatch, capsys):
+    """The loss of the last step was still finite; its update was not."""
+    argv = ["--task", "digits", *TINY, "--clip", "0", "--out", str(tmp_path), "--name", "a"]
+    original, calls = torch.optim.AdamW.step, []
+
+    def spoils_the_last_step_of_the_second_epoch(optimizer, *args):
+        original(optimizer, *args)
+        calls.append(1)
+        if len(calls) == 16:
+            optimizer.param_groups[0]["params"][0].data.fill_(float("inf"))
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", spoils_the_last_step_of_the_second_epoch)
+    with pytest.raises(ValueError, match="not finite at step 8 of epoch 2"):
+        train.main(argv)
+    monkeypatch.undo()
+    assert train.main(argv)["images"] == 797
+    assert "resuming after epoch 1 of 2" in capsys.readouterr().out
+
+
+def test_a_process_killed_while_it_wrote_the_settings_leaves_a_usable_folder(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / ".config.json.x.part.json").write_text("{")
+    assert run(tmp_path, "--name", "a", "--test-limit", "5")["images"] == 5
+    assert {path.name for path in (tmp_path / "a").iterdir()} == FILES
+
+
+def test_a_named_vtab_task_never_falls_back_to_class_folders(tmp_path, capsys):
+    for task in ("cifar", "svhn"):
+        (tmp_path / task / "images").mkdir(parents=True)
+    said = refused(capsys, ["--task", "dtd", *TINY, "--data-root", str(tmp_path), "--out", str(tmp_path / "runs")])
+    assert "holds no dtd/train800.txt" in said
+    assert not list(tmp_path.glob("*.json"))

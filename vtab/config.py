@@ -75,10 +75,12 @@ class Config:
             value = getattr(self, flag)
             if value is not None and value < 1:
                 raise ValueError(f"--{flag.replace('_', '-')} {value} must be at least 1")
+        if not 0 <= self.seed < 2**31:
+            raise ValueError(f"--seed {self.seed} must lie in [0, 2147483648)")
         for flag, low, high in (("lr", 0, 1e3), ("weight_decay", 0, 1e3), ("warmup", 0, 1), ("drop_path", 0, 0.99)):
             if not low <= getattr(self, flag) <= high:
                 raise ValueError(f"--{flag.replace('_', '-')} {getattr(self, flag)} must lie in [{low}, {high:g}]")
-        if self.clip < 0:
+        if not self.clip >= 0:
             raise ValueError(f"--clip {self.clip} must be positive, or 0 not to clip")
 
     def record(self) -> dict[str, Any]:

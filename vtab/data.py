@@ -93,11 +93,18 @@ def open_task(
         ValueError: an unknown task, a root that holds neither layout, data that does not fit.
     """
     from vtab import folder, generated, lists
-    from vtab.tasks import find
+    from vtab.tasks import NAMES, find
 
     if root is not None:
         listed = lists.find_folder(root, name)
-        return lists.open_lists(listed, name, partial) if listed else folder.open_folder(root, seed, split_file)
+        if listed:
+            return lists.open_lists(listed, name, partial)
+        if name in NAMES:
+            raise ValueError(
+                f"task {name!r}: {root} holds no {name}/{lists.LISTS['train']} and is no such folder itself; for class "
+                "folders of your own choose a --task name that is not VTAB's, or none"
+            )
+        return folder.open_folder(root, name, seed, split_file)
     task = find(name)
     if task.id not in generated.SOURCES:
         raise ValueError(

@@ -5,6 +5,7 @@
 """
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,7 +16,7 @@ FILE = "capavision_split.json"
 SMALLEST = 5
 
 
-def open_folder(root: Path, seed: int = 0, split_file: Path | None = None) -> Data:
+def open_folder(root: Path, name: str = "", seed: int = 0, split_file: Path | None = None) -> Data:
     """The images of `root`: the written split if there is one, else a stratified draw of 64 / 16 / 20 %.
 
     Raises:
@@ -39,7 +40,7 @@ def open_folder(root: Path, seed: int = 0, split_file: Path | None = None) -> Da
     splits = {name: file_split(root, names, [labels[n] for n in names]) for name, names in split.items()}
     unlisted = len(set(files) - labels.keys())
     facts = {"generated": False, "split_file": path.name, "images_outside_split": unlisted}
-    return Data(root.resolve().name, classes, splits, f"class folders in {root.resolve().name}", facts)
+    return Data(name or root.resolve().name, classes, splits, f"class folders in {root.resolve().name}", facts)
 
 
 def _scan(root: Path) -> tuple[list[str], list[str]]:
@@ -65,9 +66,16 @@ def _draw(files: Sequence[str], seed: int) -> dict[str, list[str]]:
     from sklearn.model_selection import train_test_split
 
     folder = [name.split("/")[0] for name in files]
-    rest, test, rest_folder, _ = train_test_split(files, folder, test_size=0.2, stratify=folder, random_state=seed)
-    train, val = train_test_split(rest, test_size=0.2, stratify=rest_folder, random_state=seed)
+    rest, test, rest_folder, _ = train_test_split(
+        files, folder, test_size=_fifth(folder), stratify=folder, random_state=seed
+    )
+    train, val = train_test_split(rest, test_size=_fifth(rest_folder), stratify=rest_folder, random_state=seed)
     return {"train": train, "val": val, "test": test}
+
+
+def _fifth(labels: Sequence[str]) -> int:
+    """20 % of the images, but one of each class at least."""
+    return max(math.ceil(0.2 * len(labels)), len(set(labels)))
 
 
 def _read(path: Path, root: Path, classes: list[str]) -> dict[str, list[str]]:
@@ -80,7 +88,10 @@ def _read(path: Path, root: Path, classes: list[str]) -> dict[str, list[str]]:
         raise ValueError(
             f"{path} was drawn for the classes {written.get('classes')}, the folder has {classes}; delete it"
         )
-    for name in [n for names in split.values() for n in names]:
+    everything = [n for names in split.values() for n in names]
+    if len(set(everything)) < len(everything) or not all(split.values()):
+        raise ValueError(f"{path} lists an image twice, or leaves a split empty; delete it to draw the split again")
+    for name in everything:
         if not inside(root, name).is_file() or name.split("/")[0] not in classes:
             raise ValueError(
                 f"{path} lists {name}, which is not in a class folder of {root}; delete the file to draw again"

@@ -36,7 +36,12 @@ def open_lists(folder: Path, name: str, partial: bool = False) -> Data:
     """
     task = NAMES.get(name)
     rows = {split: _read(folder, file) for split, file in LISTS.items()}
-    num_classes = task.num_classes if task else 1 + max(label for lines in rows.values() for _, label in lines)
+    labels = [label for lines in rows.values() for _, label in lines]
+    num_classes = task.num_classes if task else 1 + max(labels)
+    if num_classes > max(len(labels), 1000):
+        raise ValueError(
+            f"{folder}: the largest label is {max(labels)}, with {len(labels)} images in all; mend the lists"
+        )
     for split, lines in rows.items():
         _check(folder / LISTS[split], lines, num_classes)
         if not partial:
@@ -49,7 +54,11 @@ def open_lists(folder: Path, name: str, partial: bool = False) -> Data:
     splits = {split: file_split(folder, [p for p, _ in lines], [k for _, k in lines]) for split, lines in rows.items()}
     facts = {"generated": False, "classes_from": "the VTAB-1k table" if task else "the largest label in the lists"}
     return Data(
-        task.id if task else name, [str(k) for k in range(num_classes)], splits, f"lists in {folder.name}", facts
+        task.id if task else name or folder.resolve().name,
+        [str(k) for k in range(num_classes)],
+        splits,
+        f"lists in {folder.name}",
+        facts,
     )
 
 
@@ -58,7 +67,11 @@ def _read(folder: Path, file: str) -> list[tuple[str, int]]:
     if not path.is_file():
         raise ValueError(f"{path} is missing; the VTAB-1k layout has {', '.join(LISTS.values())}")
     rows = []
-    for number, line in enumerate(path.read_text().splitlines(), start=1):
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no text file ({error})") from error
+    for number, line in enumerate(lines, start=1):
         name, _, label = line.strip().rpartition(" ")
         if not name or not label.isdecimal():
             raise ValueError(f"{path}:{number}: {line!r} is not 'path label', such as 'images/test/000000.jpg 3'")
@@ -74,7 +87,11 @@ def _check(path: Path, rows: list[tuple[str, int]], num_classes: int) -> None:
             raise ValueError(
                 f"{path}:{number}: label {label} is out of range; the {num_classes} classes are 0 … {num_classes - 1}"
             )
-        if not inside(path.parent, name).is_file():
+        try:
+            found = inside(path.parent, name).is_file()
+        except ValueError as error:
+            raise ValueError(f"{path}:{number}: {error}") from error
+        if not found:
             raise ValueError(f"{path}:{number}: the image {name} is missing in {path.parent}")
 
 

@@ -32,26 +32,47 @@ def write(path: Path, text: str) -> None:
         temporary.write_text(text)
 
 
-def claim(folder: Path, config: Config) -> None:
-    """Make the run's folder, or accept the one that the same settings made.
+def write_metrics(folder: Path, history: list[dict[str, Any]]) -> None:
+    """One line an epoch."""
+    write(folder / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in history))
+
+
+def check(folder: Path, config: Config) -> None:
+    """Is the folder free, or the same run's? A folder whose run finished no epoch counts as free.
 
     Raises:
         ValueError: the folder holds something else.
     """
     written, settings = folder / "config.json", json.loads(json.dumps(config.record()))
-    if written.is_file():
-        found = json.loads(written.read_text())
+    if (folder / "checkpoint.safetensors").is_file() or (folder / "result.json").is_file():
+        try:
+            found = json.loads(written.read_text())
+        except ValueError as error:
+            raise ValueError(f"{written} is damaged ({error}); give this run another --name") from error
         changed = sorted(k for k in settings.keys() | found.keys() if settings.get(k) != found.get(k) and k != "out")
         if changed:
             raise ValueError(
                 f"{folder} holds a run with another {', '.join(changed)}; give this one another --name or --out"
             )
-        for leftover in folder.glob(".*.part*"):  # of a process that was killed while writing
-            leftover.unlink(missing_ok=True)
-    elif folder.exists() and any(folder.iterdir()):
+    elif folder.exists() and {p.name for p in folder.iterdir() if not p.name.startswith(".")} - {"config.json"}:
         raise ValueError(f"{folder} exists and is no run of ours; give another --name or --out")
-    else:
-        write(written, json.dumps(settings, indent=1))
+
+
+def claim(folder: Path, config: Config) -> None:
+    """Write the settings, and clear what a process left that was killed while writing; only under the run's lock."""
+    for leftover in folder.glob(".*.part*"):
+        leftover.unlink(missing_ok=True)
+    if not (folder / "result.json").is_file():
+        write(folder / "config.json", json.dumps(config.record(), indent=1))
+
+
+def forget(folder: Path) -> None:
+    """Remove the folder of a run that finished no epoch: a refused command leaves nothing behind."""
+    ours = {"config.json", ".lock"}
+    if folder.is_dir() and {path.name for path in folder.iterdir()} <= ours:
+        for name in ours:
+            (folder / name).unlink(missing_ok=True)
+        folder.rmdir()
 
 
 def conclude(

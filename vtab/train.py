@@ -27,9 +27,11 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Train as the command line says, or go on where the same command stopped; returns result.json."""
     config = parse(argv)
     folder = config.folder()
-    record.claim(folder, config)
+    record.check(folder, config)
+    folder.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(folder / ".lock", blocking=False):
+            record.claim(folder, config)
             if (folder / "result.json").is_file():
                 print(f"{folder} is finished already; --name another, or delete it to train again")
                 done: dict[str, Any] = json.loads((folder / "result.json").read_text())
@@ -37,6 +39,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
             return train(config, folder)
     except Timeout:
         raise ValueError(f"another process trains in {folder}; wait for it, or give this run another --name") from None
+    finally:
+        record.forget(folder)
 
 
 def train(config: Config, folder: Path) -> dict[str, Any]:
@@ -48,8 +52,10 @@ def train(config: Config, folder: Path) -> dict[str, Any]:
     base = backbones.resolve(config.model, config.weights, config.img_size, config.seed)
     model = build(base, len(data.classes), config)
     preprocessing = Preprocessing.of(model, base)
-    targets = config.targets.split(",") if config.targets else None
-    report = cv.inject(model, config.method, targets, config.parts, seed=config.seed)
+    targets = [name.strip() for name in config.targets.split(",")] if config.targets else None
+    example = torch.zeros(1, 3, preprocessing.size, preprocessing.size)
+    try_size(model, example, config.model)
+    report = cv.inject(model, config.method, targets, config.parts, seed=config.seed, example=example)
     print(f"{report}\n{data.source}; {config.stage} run on {device}")
     model.to(device)
 
@@ -77,6 +83,21 @@ def build(base: cv.Base, num_classes: int, config: Config) -> nn.Module:
         raise ValueError(f"{config.model} has no stochastic depth; pass --drop-path 0") from error
 
 
+def try_size(model: nn.Module, example: Tensor, name: str) -> None:
+    """One forward pass before anything is written.
+
+    Raises:
+        ValueError: the architecture cannot take images of this size.
+    """
+    try:
+        with torch.inference_mode():
+            model.eval()(example)
+    except (RuntimeError, AssertionError, IndexError, ZeroDivisionError) as error:
+        raise ValueError(
+            f"{name} cannot take images of {example.shape[-1]} pixels; choose another --img-size"
+        ) from error
+
+
 def fit(
     model: nn.Module,
     images: Tensor,
@@ -102,20 +123,21 @@ def fit(
     history: list[dict[str, Any]] = []
     if saved.is_file():
         history = checkpoint.read(saved, model, optimizer)["history"]
+        record.write_metrics(folder, history)
         print(f"resuming after epoch {len(history)} of {config.epochs}")
     done, total = len(history) * len(images), config.epochs * len(images)
     with tqdm(total=total, initial=done, unit="img", desc="train", mininterval=0.5) as bar:
         for epoch in range(len(history), config.epochs):
             row = run_epoch(model, images, labels, normalize, optimizer, schedule, config, epoch, bar)
-            if not row["finite"]:
+            if row["step"] is not None:
                 raise ValueError(
-                    f"the loss is not finite at step {row['step']} of epoch {epoch + 1}; {folder} keeps epoch {epoch}; "
-                    f"a lower --lr than {config.lr} helps most, then --clip"
+                    f"loss or weights are not finite at step {row['step']} of epoch {epoch + 1}; {folder} keeps epoch "
+                    f"{epoch}; a lower --lr than {config.lr} helps most, then --clip"
                 )
             kept = ("epoch", "loss", "accuracy", "lr", "seconds")
             history.append({key: row[key] for key in kept} | watch())
             checkpoint.write(saved, model, optimizer, {"history": history})
-            record.write(folder / "metrics.jsonl", "".join(json.dumps(r) + "\n" for r in history))
+            record.write_metrics(folder, history)
     return history
 
 
@@ -155,14 +177,16 @@ def run_epoch(
             bar.set_postfix(loss=f"{losses.sum().item() / seen:.3f}", acc=f"{100 * correct.item() / seen:.1f} %")
         bar.update(len(chosen))
     finite = losses.isfinite()
+    bad = None if finite.all() else 1 + int(finite.int().argmin())
+    if bad is None and not all(p.isfinite().all() for p in cv.parameters(model)):
+        bad = len(batches)
     return {
         "epoch": epoch + 1,
         "loss": losses.sum().item() / seen,
         "accuracy": 100 * correct.item() / seen,
         "lr": optimizer.param_groups[0]["lr"],
         "seconds": time.perf_counter() - start,
-        "finite": bool(finite.all()),
-        "step": 1 + int(finite.int().argmin()),
+        "step": bad,
     }
 
 
@@ -185,9 +209,14 @@ def pick_device(name: str | None) -> torch.device:
     here = [kind for kind, found in there.items() if found]
     if name is None:
         return torch.device(here[0])
-    if name.partition(":")[0] not in here:
-        raise ValueError(f"--device {name} is not on this machine; here: {', '.join(here)}")
-    return torch.device(name)
+    try:
+        if name.partition(":")[0] not in here:
+            raise RuntimeError
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except RuntimeError:
+        raise ValueError(f"--device {name} is not on this machine; here: {', '.join(here)}") from None
+    return device
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ Differs from the authors' code: theirs starts U at N(0, 0.02²), adds b_U once p
         branch alone; here b_U stands outside the sum and b_D gets every branch's gradient.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -45,7 +46,7 @@ class Adapter(Sharing, Method):
     branches, density, masks: see `capavision.masks.Sharing`.
 
     Raises:
-        ValueError: rank below 1, an unknown place or activation, masks that cannot be served.
+        ValueError: rank below 1, scale 0 or not finite, an unknown place or activation, masks that cannot be served.
 
     >>> Adapter(rank=16, where="parallel").activation
     'relu'
@@ -62,6 +63,8 @@ class Adapter(Sharing, Method):
         super().__post_init__()
         if not isinstance(self.rank, int) or self.rank < 1:
             raise ValueError(f"rank={self.rank!r} must be a whole number of at least 1")
+        if not (math.isfinite(self.scale) and self.scale):
+            raise ValueError(f"scale={self.scale} must be a finite number other than 0, which would leave Δ at 0")
         for field, known in (("where", PLACEMENTS), ("activation", ACTIVATIONS)):
             if getattr(self, field) not in known:
                 raise ValueError(f"{field}={getattr(self, field)!r} is unknown; choose one of {', '.join(known)}")

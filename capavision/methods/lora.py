@@ -12,6 +12,7 @@ Differs from the authors' code: its A has fan-in rank instead of n_in, so it sta
         later branches start with B ≠ 0; here one A and one B serve all branches from the first step.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch.nn.functional as F
@@ -33,7 +34,7 @@ class LoRA(Sharing, Method):
     Default hosts: q and v of every attention (the papers' choice); without attention every Linear, else every conv.
 
     Raises:
-        ValueError: rank below 1, or a setting of the masks that cannot be served.
+        ValueError: rank below 1, alpha 0 or not finite, or a setting of the masks that cannot be served.
 
     >>> LoRA(rank=4, branches=2).density
     0.5
@@ -48,6 +49,8 @@ class LoRA(Sharing, Method):
         super().__post_init__()
         if not isinstance(self.rank, int) or self.rank < 1:
             raise ValueError(f"rank={self.rank!r} must be a whole number of at least 1")
+        if not (math.isfinite(self.alpha) and self.alpha):
+            raise ValueError(f"alpha={self.alpha} must be a finite number other than 0, which would leave ΔW at 0")
 
     def targets(self, model: nn.Module) -> dict[str, str | None]:
         return query_value_hosts(model)
