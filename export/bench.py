@@ -45,11 +45,13 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
 
     from export.graph import folded
     from export.package import Source
-    from export.runtime import Classifier, random_pixels
+    from export.runtime import Classifier, random_pixels, sha256
 
-    runtime = Classifier(args.package, args.threads)
+    runtime, source = Classifier(args.package, args.threads), Source.open(args.run)
+    if runtime.manifest["adapter_sha256"] != sha256(source.path):
+        raise ValueError(f"{args.package} was not made of {args.run}; name the run it was exported from")
     torch.set_num_threads(args.threads)
-    model = folded(Source.open(args.run).model)
+    model = folded(source.model)
     pixels = runtime.normalize(random_pixels(0, args.batch, runtime.preprocessor["size"]["height"]))
     tensor = torch.from_numpy(pixels)
 

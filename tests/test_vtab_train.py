@@ -188,7 +188,7 @@ def test_ctrl_c_stops_with_a_line_and_the_run_goes_on_later(tmp_path, monkeypatc
     with pytest.raises(SystemExit) as stop:
         cli.run(lambda: train.main(argv))
     assert stop.value.code == 130
-    assert "the same command goes on" in capsys.readouterr().err
+    assert "the same command goes on, a training run" in capsys.readouterr().err
     monkeypatch.setattr(train, "run_epoch", original)
     assert train.main(argv)["images"] == 797
     assert "resuming after epoch 1 of 2" in capsys.readouterr().out
@@ -253,6 +253,7 @@ REFUSED = {
     "epochs": (["--task", "digits", "--epochs", "0"], "--epochs 0 must be at least 1"),
     "lr": (["--task", "digits", "--lr", "-1"], "--lr -1.0 must lie in"),
     "stage": (["--task", "digits", "--stage", "test"], "choose final or tune"),
+    "test limit": (["--task", "digits", "--stage", "tune", "--test-limit", "5"], "--test-limit has no use with"),
     "device": (["--task", "digits", "--device", "tpu"], "--device tpu is not on this machine; here: "),
     "flag": (["--task", "digits", "--rnak", "4"], "unrecognized arguments: --rnak 4; did you mean '--rank'"),
     "value": (["--task", "digits", "--rank", "four"], "argument --rank: invalid int value: 'four'; see python -m"),

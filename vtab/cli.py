@@ -37,7 +37,7 @@ def run(main: Callable[[], Any]) -> None:
     try:
         main()
     except KeyboardInterrupt:
-        print("\nstopped; the same command goes on from the last finished epoch", file=sys.stderr)
+        print("\nstopped; the same command goes on, a training run from its last finished epoch", file=sys.stderr)
         sys.exit(STOPPED)
     except (ValueError, OSError) as error:
         if os.environ.get("CAPAVISION_TRACEBACK"):

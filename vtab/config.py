@@ -71,6 +71,8 @@ class Config:
             raise ValueError("name a task: --task digits, say, or your own images: --data-root FOLDER")
         if self.stage not in ("final", "tune"):
             raise ValueError(f"--stage {self.stage!r} is unknown; choose final or tune")
+        if self.stage == "tune" and self.test_limit is not None:
+            raise ValueError("--test-limit has no use with --stage tune, which never touches the test split")
         for flag in ("epochs", "batch_size", "img_size", "test_limit"):
             value = getattr(self, flag)
             if value is not None and value < 1:
