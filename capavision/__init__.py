@@ -12,7 +12,9 @@ from capavision.base import Base
 from capavision.delta import Delta, Method, OutputDelta, Site, WeightDelta
 from capavision.inject import Report, inject, parameters
 from capavision.methods.adapter import Adapter
+from capavision.methods.bitfit import BitFit
 from capavision.methods.circulant import Circulant
+from capavision.methods.full import Full
 from capavision.methods.kronecker import Kronecker
 from capavision.methods.ldr import LDR
 from capavision.methods.linear_probe import LinearProbe
@@ -25,8 +27,10 @@ __all__ = [
     "LDR",
     "Adapter",
     "Base",
+    "BitFit",
     "Circulant",
     "Delta",
+    "Full",
     "Kronecker",
     "LinearProbe",
     "LoRA",

@@ -151,5 +151,9 @@ class Method:
         """Default hosts of this method in `model`: qualified name -> parts to adapt, None for all of it."""
         return {}
 
+    def trains(self, model: nn.Module) -> list[str]:
+        """The parameters of the base itself that this method trains, by name; `remove` puts their values back."""
+        return []
+
     def build(self, site: Site) -> Delta:
         raise TypeError(f"{type(self).__name__} has no hosts, so it builds no delta")

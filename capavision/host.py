@@ -146,6 +146,12 @@ def is_batch_norm(module: nn.Module) -> bool:
     return isinstance(module, _BatchNorm)
 
 
+def batch_norm_statistics(model: nn.Module) -> tuple[str, ...]:
+    """The buffers that batch norms change in train mode, by name."""
+    norms = [(name, m) for name, m in model.named_modules() if is_batch_norm(m)]
+    return tuple(f"{name}.{buffer}" for name, m in norms for buffer, _ in m.named_buffers(recurse=False))
+
+
 def freeze_batch_norm(model: nn.Module) -> list[nn.Module]:
     """Keep every batch norm in eval for good, so that running statistics stay those of the base; returns them."""
     norms: list[nn.Module] = [m for m in model.modules() if is_batch_norm(m) and not is_swapped(m)]

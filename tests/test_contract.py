@@ -59,6 +59,8 @@ SETTINGS = {
     "kronecker": [cv.Kronecker(), cv.Kronecker(where="houlsby", activation="tanh")],
     "ldr": [cv.LDR(rank=2), cv.LDR(where="pfeiffer")],
     "linear_probe": [cv.LinearProbe()],
+    "bitfit": [cv.BitFit()],
+    "full": [cv.Full()],
 }
 
 Kind = namedtuple("Kind", "build size targets parts", defaults=[None])
@@ -103,7 +105,17 @@ class Arm:
     def adapted(self, dtype=torch.float32):
         model = self.base(dtype)
         self.inject(model)
-        return awaken_deltas(model, 7)
+        return shaken(awaken_deltas(model, 7))
+
+
+def shaken(model):
+    """The base's own trained parameters, moved as by training."""
+    own = dict(model.named_parameters())
+    rng = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for name in injections(model)[0].trained:
+            own[name].add_(0.05 * torch.randn(own[name].shape, generator=rng))
+    return model
 
 
 @functools.cache
@@ -150,6 +162,7 @@ def test_every_trained_parameter_gets_a_gradient_and_nothing_else_does(arm):
     assert all(p.grad is None for p in model.parameters() if not p.requires_grad)
     expected = [p for delta in deltas(model).values() for p in delta.parameters()]
     expected += list(model.get_classifier().parameters())
+    expected += [p for name, p in model.named_parameters() if name in injections(model)[0].trained]
     assert {id(p) for p in trained} == {id(p) for p in expected}
 
 
@@ -206,7 +219,7 @@ def test_remove_gives_every_bit_back(arm):
     model, x = arm.base(), arm.x()
     before, plain = snapshot(model), outputs(model, x)
     arm.inject(model)
-    awaken_deltas(model)
+    shaken(awaken_deltas(model))
     cv.remove(model)
     assert_unchanged(model, before)
     assert torch.equal(outputs(model, x), plain)
@@ -256,7 +269,8 @@ def matrix_values(method, n_out, n_in):
 def stored(arm, model):
     """The values the equations ask for, from the shapes of the plain model."""
     plan, method = injections(model)[0], arm.method
-    values = 0
+    own = dict(arm.base().named_parameters())
+    values = sum(own[name].numel() for name in plan.trained)
     if method.placement is cv.OutputDelta:
         for c_out, c_in, _ in plan.axes.values():
             read = c_in if method.where == "parallel" else c_out
@@ -280,8 +294,9 @@ def test_the_report_counts_what_is_trained(arm):
     assert report.head == head
     assert report.total == sum(p.numel() for p in arm.base().parameters())
     assert sum(p.numel() for p in cv.parameters(model)) == report.trained + head
-    assert len(report.hosts) == len(set(report.hosts)) == len(injections(model)[0].hosts)
-    assert bool(report.hosts) == (arm.method.placement is not None)
+    plan = injections(model)[0]
+    assert set(report.hosts) == {*plan.hosts, *plan.trained}
+    assert bool(report.hosts) == (arm.method.name != "linear_probe")
     assert str(report.method) in str(report)
 
 
