@@ -61,9 +61,8 @@ class Report:
             span = names[0] if len(names) == 1 else f"{names[0]} … {names[-1]}"
             lines.append(f"  {len(names):3} × {values:>9,}  {kind:<28} {'rows ' + parts if parts else '':<10} {span}")
         share = f"{100 * self.trained / max(self.total, 1):.3f} % of {self.total:,}"
-        lines.append(
-            f"  trained {self.trained:,} ({share}) in {len(self.rows)} {'hosts' if self.method.placement else 'tensors'}; head {self.head:,}"
-        )
+        where = f"{len(self.rows)} {'hosts' if self.method.placement else 'tensors'}"
+        lines.append(f"  trained {self.trained:,} ({share}) in {where}; head {self.head:,}")
         return "\n".join(lines)
 
 
@@ -151,14 +150,12 @@ def apply(model: nn.Module, plan: Injection) -> Report:
         hosting.attach(model.get_submodule(name), delta)
     if plan.freeze_norm:
         hosting.freeze_batch_norm(model)
-    kept = {p for m in model.modules() if isinstance(m, Delta) for p in m.parameters()}
-    kept |= {p for name in plan.head for p in model.get_submodule(name).parameters()}
-    kept_ids = {id(p) for p in kept} | {
-        id(tensors[name]) for each in [*injections(model), plan] for name in each.trained
-    }
-    for p in model.parameters():
-        p.requires_grad_(id(p) in kept_ids)
     setattr(model, RECORD, [*injections(model), plan])
+    trained = {id(p) for m in model.modules() if isinstance(m, Delta) for p in m.parameters()}
+    trained |= {id(p) for name in plan.head for p in model.get_submodule(name).parameters()}
+    trained |= {id(tensors[name]) for each in injections(model) for name in each.trained}
+    for p in model.parameters():
+        p.requires_grad_(id(p) in trained)
     return _report(model, plan)
 
 
