@@ -1,7 +1,8 @@
 """What a method builds: a Delta, the trained addition to one host.
 
-Two placements. A WeightDelta is added to a weight, y = (W + ΔW) x, and folds into it. An OutputDelta is added to what
-a block returns, y + Δ(x, y), and folds into a smaller module of its own.
+Three placements. A WeightDelta is added to a weight, y = (W + ΔW) x, and folds into it. An OutputDelta is added to
+what a block returns, y + Δ(x, y); an AttentionDelta is more keys and values inside an attention. These two fold into a
+dense module of their own, without masks or sharing.
 """
 
 import math
@@ -23,8 +24,9 @@ class Site:
 
     name:  the host's qualified name, followed by ":part" where the delta serves some rows of it only.
     n_out, n_in: rows and columns of ΔW (a conv's kernel counts as columns); for a block the channels of y and of x,
-           0 for an x that does not match y place by place.
+           0 for an x that does not match y place by place; for an attention the widths of v and k, all heads'.
     axis:  the channel axis of a block's output, 1 or -1.
+    heads: of an attention's keys.
     like:  a tensor with the device and dtype to build on.
     """
 
@@ -34,6 +36,7 @@ class Site:
     seed: int
     like: Tensor
     axis: int = -1
+    heads: int = 1
 
     def key(self, factor: str) -> str:
         """The key of this site's random draws for one factor; independent of every other site."""
@@ -54,7 +57,7 @@ class Site:
 
 
 class Delta(nn.Module):
-    """Base of both placements; `model.modules()` filtered by it finds every delta."""
+    """Base of all placements; `model.modules()` filtered by it finds every delta."""
 
 
 class WeightDelta(Delta, ABC):
@@ -125,6 +128,18 @@ class OutputDelta(Delta, ABC):
         """The same function without masks or sharing: dense factors only."""
 
 
+class AttentionDelta(Delta, ABC):
+    """Keys and values that an attention has besides its own."""
+
+    @abstractmethod
+    def forward(self) -> tuple[Tensor, Tensor]:
+        """Keys (heads, length, key width) and values (heads, length, value width)."""
+
+    @abstractmethod
+    def folded(self) -> "AttentionDelta":
+        """The same function without masks or sharing: dense factors only."""
+
+
 class Method:
     """Base of the frozen dataclasses that configure a method. Its name is its file's name; its fields are its flags.
 
@@ -132,7 +147,7 @@ class Method:
     """
 
     name: ClassVar[str]
-    placement: ClassVar[type[Delta] | None] = None  # WeightDelta, OutputDelta, or None for a method without hosts
+    placement: ClassVar[type[Delta] | None] = None  # None for a method without hosts
     known: ClassVar[dict[str, type["Method"]]] = {}
 
     def __init_subclass__(cls, **kwargs: Any) -> None:

@@ -16,6 +16,11 @@ How it works:
         def forward(self, x, *args, **kwargs):
             y = Mlp.forward(self, x, *args, **kwargs)
             return y + self.delta(x, y)
+
+    class PrefixedAttention(Attention):       # an attention: its one softmax sees more keys and values
+        def forward(self, *args, **kwargs):
+            with Prepend(*self.delta()):
+                return Attention.forward(self, *args, **kwargs)
 """
 
 from collections.abc import Callable
@@ -26,7 +31,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from capavision.delta import Delta, OutputDelta, WeightDelta
+from capavision.delta import AttentionDelta, Delta, OutputDelta, WeightDelta
+from capavision.softmax import Prepend
 
 SLOT = "delta"
 
@@ -63,6 +69,15 @@ def _output_body(base: type) -> dict[str, Any]:
     return {"forward": forward}
 
 
+def _prefixed_body(base: type) -> dict[str, Any]:
+    def forward(host: Any, *args: Any, **kwargs: Any) -> Any:
+        with Prepend(*host.delta()):
+            return base.forward(host, *args, **kwargs)  # type: ignore[attr-defined]
+
+    # timm's flag for the call that Prepend waits for; a switch of the base class must not lead past the prefix
+    return {"forward": forward, "fused_attn": property(lambda host: True)}
+
+
 def _frozen_body(base: type) -> dict[str, Any]:
     def train(host: Any, mode: bool = True) -> Any:
         return base.train(host, False)  # type: ignore[attr-defined]
@@ -73,6 +88,7 @@ def _frozen_body(base: type) -> dict[str, Any]:
 _BODIES: dict[str, Callable[[type], dict[str, Any]]] = {
     "Adapted": _weight_body,
     "Extended": _output_body,
+    "Prefixed": _prefixed_body,
     "Frozen": _frozen_body,
 }
 _classes: dict[tuple[type, str], type] = {}
@@ -107,7 +123,8 @@ def attach(host: nn.Module, delta: Delta) -> None:
     """Give `host` a delta and the class that uses it. The host must not have one yet."""
     assert not is_swapped(host)
     setattr(host, SLOT, delta)
-    _swap(host, "Adapted" if isinstance(delta, WeightDelta) else "Extended")
+    kinds = {"Adapted": WeightDelta, "Extended": OutputDelta, "Prefixed": AttentionDelta}
+    _swap(host, next(kind for kind, placement in kinds.items() if isinstance(delta, placement)))
 
 
 def detach(module: nn.Module, training: bool) -> None:
@@ -122,9 +139,9 @@ def detach(module: nn.Module, training: bool) -> None:
 
 
 def fold(host: nn.Module) -> None:
-    """Write W + ΔW into a new weight parameter, summed in float32 or better; on a block, make the delta dense."""
+    """Write W + ΔW into a new weight parameter, summed in float32 or better; elsewhere make the delta dense."""
     delta = getattr(host, SLOT)
-    if isinstance(delta, OutputDelta):
+    if isinstance(delta, (OutputDelta, AttentionDelta)):
         setattr(host, SLOT, delta.folded())
         return
     base = host._parameters["weight"]

@@ -1,5 +1,6 @@
 """Choose hosts, build deltas, freeze the base, report: `inject` either does all of it or leaves the model untouched."""
 
+from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -9,7 +10,8 @@ from torch import Tensor, nn
 from capavision import host as hosting
 from capavision.attention import classifier, weight_of
 from capavision.channels import measure
-from capavision.delta import Delta, Method, OutputDelta, Rows, Site, WeightDelta
+from capavision.delta import AttentionDelta, Delta, Method, OutputDelta, Rows, Site, WeightDelta
+from capavision.softmax import look
 from capavision.targets import Parts, Spans, Targets, choose
 
 RECORD = "_capavision"  # the model's attribute that lists its injections
@@ -25,7 +27,8 @@ class Injection:
     method: Method
     seed: int
     hosts: dict[str, Spans]
-    axes: dict[str, tuple[int, int, int]] = field(default_factory=dict)  # of blocks: channels out, in, and their axis
+    # of blocks: channels out, in, and their axis; of attentions: width of the values, of the keys, heads
+    axes: dict[str, tuple[int, int, int]] = field(default_factory=dict)
     head: tuple[str, ...] = ()
     trained: tuple[str, ...] = ()  # the base's own tensors that change: parameters, statistics of batch norms
     originals: dict[str, Tensor] = field(default_factory=dict, repr=False, compare=False)  # what `trained` were before
@@ -130,6 +133,9 @@ def inject(
         raise TypeError(f"method must be a capavision method such as LoRA(rank=8), not {method!r}")
     hosts = choose(model, method, targets, parts)
     placed = measure(model, hosts, example) if method.placement is OutputDelta else {}
+    if method.placement is AttentionDelta:
+        placed = _attentions(model, hosts, example, named=targets is not None)
+        hosts = {name: hosts[name] for name in placed}
     head = tuple(n for n in classifier(model) if n not in hosts)
     trained = tuple(method.trains(model))
     if not hosts and not head and not trained:
@@ -137,6 +143,19 @@ def inject(
     if not freeze_norm:
         trained += hosting.batch_norm_statistics(model)
     return apply(model, Injection(method, seed, hosts, placed, head, trained, freeze_norm=freeze_norm))
+
+
+def _attentions(
+    model: nn.Module, hosts: Collection[str], example: Tensor | None, *, named: bool
+) -> dict[str, tuple[int, int, int]]:
+    """The sizes of those attentions that can take keys and values; all of them must where the user named them."""
+    found = look(model, hosts, example)
+    refused = [f"{name}: {why}" for name, why in found.items() if isinstance(why, str)]
+    if refused and (named or len(refused) == len(found)):
+        raise ValueError(
+            f"{refused[0]}, so no keys and values can be added to it; name other attentions, or use another method"
+        )
+    return {name: sizes for name, sizes in found.items() if not isinstance(sizes, str)}
 
 
 def apply(model: nn.Module, plan: Injection) -> Report:
@@ -172,6 +191,9 @@ def _build(model: nn.Module, plan: Injection, name: str) -> Delta:
         if plan.method.placement is OutputDelta:
             n_out, n_in, axis = plan.axes[name]
             return plan.method.build(Site(name, n_out, n_in, plan.seed, like, axis))
+        if plan.method.placement is AttentionDelta:
+            n_out, n_in, heads = plan.axes[name]
+            return plan.method.build(Site(name, n_out, n_in, plan.seed, like, heads=heads))
         n_out, n_in = weight_of(host).shape[0], weight_of(host)[0].numel()
         if not plan.hosts[name]:
             return plan.method.build(Site(name, n_out, n_in, plan.seed, like))

@@ -123,8 +123,8 @@ def describe(path: str | os.PathLike[str]) -> dict[str, Any]:
 def fold(model: nn.Module) -> nn.Module:
     """Write every ΔW into its host's weight: a plain model again, same classes, same keys. In place, one way.
 
-    Block adapters are not linear, so they stay, but dense: masks and shared values become one bottleneck of width
-    branches · rank.
+    Block adapters and prefixes are not linear, so they stay, but dense: masks and shared values become one bottleneck
+    of width branches · rank, or branches · length keys and values.
 
     Raises:
         ValueError: the model carries no injection.
