@@ -58,6 +58,7 @@ SETTINGS = {
     ],
     "kronecker": [cv.Kronecker(), cv.Kronecker(where="houlsby", activation="tanh")],
     "ldr": [cv.LDR(rank=2), cv.LDR(where="pfeiffer")],
+    "prefix": [cv.Prefix(length=4, **masks) for masks in MASKS.values()],
     "linear_probe": [cv.LinearProbe()],
     "bitfit": [cv.BitFit()],
     "full": [cv.Full()],
@@ -77,7 +78,13 @@ BLOCKS = {
     "tokens": Kind(lambda: tiny_vit(global_pool="avg"), 32, None),
     "images, channels first": Kind(lambda: create("test_convnext"), 64, None),
 }
-PLACES = {cv.WeightDelta: WEIGHTS, cv.OutputDelta: BLOCKS, None: BLOCKS}
+ATTENTIONS = {
+    "tokens": BLOCKS["tokens"],
+    "windows": Kind(lambda: create("swin_tiny_patch4_window7_224", img_size=64, embed_dim=48), 64, None),
+}
+PLACES = {cv.WeightDelta: WEIGHTS, cv.OutputDelta: BLOCKS, cv.AttentionDelta: ATTENTIONS, None: BLOCKS}
+# A prefix takes its share of the attention from the start.
+ELSEWHERE = ("prefix",)
 
 
 class Arm:
@@ -144,7 +151,7 @@ def test_every_registered_method_is_tested_here():
         assert cv.Method.known[name] is type(settings[0])
 
 
-@each_arm
+@pytest.mark.parametrize("arm", [arm for arm in ARMS if arm.method.name not in ELSEWHERE], ids=lambda arm: arm.id)
 def test_the_start_is_the_plain_model_bit_for_bit(arm):
     model, x = arm.base(), arm.x()
     plain = outputs(model, x)
@@ -271,6 +278,8 @@ def stored(arm, model):
     plan, method = injections(model)[0], arm.method
     own = dict(arm.base().named_parameters())
     values = sum(own[name].numel() for name in plan.trained)
+    if method.placement is cv.AttentionDelta:
+        return sum(method.length * (n_out + n_in) for n_out, n_in, _ in plan.axes.values())
     if method.placement is cv.OutputDelta:
         for c_out, c_in, _ in plan.axes.values():
             read = c_in if method.where == "parallel" else c_out
