@@ -42,8 +42,15 @@ def _linear_forward(host: Any, x: Tensor) -> Tensor:
     return F.linear(x, host._parameters["weight"], host.bias) + added
 
 
+def _replicate(host: Any) -> Any:
+    raise TypeError(
+        "nn.DataParallel assigns weights to its copies, and this one is computed; wrap the model in "
+        "torch.nn.parallel.DistributedDataParallel"
+    )
+
+
 def _weight_body(base: type) -> dict[str, Any]:
-    body: dict[str, Any] = {"weight": property(_adapted_weight)}
+    body: dict[str, Any] = {"weight": property(_adapted_weight), "_replicate_for_data_parallel": _replicate}
     if base.forward is nn.Linear.forward:  # type: ignore[attr-defined]
         body["forward"] = _linear_forward
     return body
@@ -63,7 +70,10 @@ def _frozen_body(base: type) -> dict[str, Any]:
     def train(host: Any, mode: bool = True) -> Any:
         return base.train(host, False)  # type: ignore[attr-defined]
 
-    return {"train": train}
+    def reset_running_stats(host: Any) -> None:
+        """Nothing: torch.optim.swa_utils.update_bn would zero what a norm in eval never measures again."""
+
+    return {"train": train, "reset_running_stats": reset_running_stats}
 
 
 _BODIES: dict[str, Callable[[type], dict[str, Any]]] = {
