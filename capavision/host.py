@@ -27,12 +27,15 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from capavision.delta import Delta, OutputDelta, WeightDelta
+from capavision.wrappers import is_sharded
 
 SLOT = "delta"
 
 
 def _adapted_weight(host: Any) -> Tensor:
     base: Tensor = host._parameters["weight"]
+    if is_sharded(base) and all(map(is_sharded, host.delta.parameters())):
+        return base  # fully_shard asks for the parameter it keeps; around a forward it makes base and delta whole
     delta: Tensor = host.delta.weight().view_as(base).to(base.dtype)
     return base + delta
 

@@ -40,10 +40,15 @@ def bare(model: nn.Module) -> nn.Module:
     return inner
 
 
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether the tensor is a DTensor of which each process holds a part."""
+    return any(placement.is_shard() for placement in getattr(tensor, "placements", ()))
+
+
 def refuse_sharded(model: nn.Module, cure: str) -> None:
     """Raise ValueError if a parameter is spread over processes."""
     for name, p in model.named_parameters():
-        if hasattr(p, "full_tensor"):
+        if is_sharded(p):
             raise ValueError(f"{name} is sharded over processes; {cure}")
 
 
