@@ -24,6 +24,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.fx import Proxy
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from capavision.delta import Delta, OutputDelta, WeightDelta
@@ -32,17 +33,24 @@ from capavision.wrappers import is_sharded
 SLOT = "delta"
 
 
+def _base_weight(host: Any, traced: Any) -> Tensor:
+    """W; for a torch.fx tracer without its name, under which the graph would find W + ΔW."""
+    base: Tensor = host._parameters["weight"]
+    return base.detach() if isinstance(traced, Proxy) else base
+
+
 def _adapted_weight(host: Any) -> Tensor:
     base: Tensor = host._parameters["weight"]
     if is_sharded(base) and all(map(is_sharded, host.delta.parameters())):
         return base  # fully_shard asks for the parameter it keeps; around a forward it makes base and delta whole
-    delta: Tensor = host.delta.weight().view_as(base).to(base.dtype)
-    return base + delta
+    delta: Tensor = host.delta.weight()
+    base = _base_weight(host, delta)
+    return base + delta.view_as(base).to(base.dtype)
 
 
 def _linear_forward(host: Any, x: Tensor) -> Tensor:
     added: Tensor = host.delta(x)
-    return F.linear(x, host._parameters["weight"], host.bias) + added
+    return F.linear(x, _base_weight(host, x), host.bias) + added
 
 
 def _replicate(host: Any) -> Any:
