@@ -12,6 +12,7 @@ from capavision.attention import classifier
 from capavision.delta import Delta
 from capavision.files import cache_dir
 from capavision.targets import near
+from capavision.wrappers import whole
 
 
 @dataclass(frozen=True)
@@ -118,7 +119,9 @@ def fingerprint(model: nn.Module, trained: Collection[str] = ()) -> dict[str, fl
     prefixes = tuple(f"{name}." for name in own)
     base = {k: v for k, v in model.state_dict().items() if not k.startswith(prefixes) and k not in trained}
     floats = {name: tensor for name, tensor in base.items() if tensor.is_floating_point()}
-    return {name: float(f"{tensor.detach().cpu().double().norm().item():.7g}") for name, tensor in floats.items()}
+    return {
+        name: float(f"{whole(tensor.detach()).cpu().double().norm().item():.7g}") for name, tensor in floats.items()
+    }
 
 
 def differences(expected: Mapping[str, float], found: Mapping[str, float], tolerance: float = 1e-4) -> list[str]:

@@ -29,18 +29,29 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.fx import Proxy
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from capavision.delta import AttentionDelta, Delta, OutputDelta, WeightDelta
 from capavision.softmax import Prepend
+from capavision.wrappers import is_sharded
 
 SLOT = "delta"
 
 
+def _base_weight(host: Any, traced: Any) -> Tensor:
+    """W; for a torch.fx tracer without its name, under which the graph would find W + ΔW."""
+    base: Tensor = host._parameters["weight"]
+    return base.detach() if isinstance(traced, Proxy) else base
+
+
 def _adapted_weight(host: Any) -> Tensor:
     base: Tensor = host._parameters["weight"]
-    delta: Tensor = host.delta.weight().view_as(base).to(base.dtype)
-    return base + delta
+    if is_sharded(base) and all(map(is_sharded, host.delta.parameters())):
+        return base  # fully_shard asks for the parameter it keeps; around a forward it makes base and delta whole
+    delta: Tensor = host.delta.weight()
+    base = _base_weight(host, delta)
+    return base + delta.view_as(base).to(base.dtype)
 
 
 def _linear_forward(host: Any, x: Tensor) -> Tensor:
@@ -49,11 +60,18 @@ def _linear_forward(host: Any, x: Tensor) -> Tensor:
         return F.linear(x, host.weight, host.bias)
     # Beside a half-precision W, a small ΔW would be lost in the sum of the two: it acts on its own.
     added: Tensor = host.delta(x)
-    return F.linear(x, base, host.bias) + added
+    return F.linear(x, _base_weight(host, x), host.bias) + added
+
+
+def _replicate(host: Any) -> Any:
+    raise TypeError(
+        "nn.DataParallel assigns weights to its copies, and this one is computed; wrap the model in "
+        "torch.nn.parallel.DistributedDataParallel"
+    )
 
 
 def _weight_body(base: type) -> dict[str, Any]:
-    body: dict[str, Any] = {"weight": property(_adapted_weight)}
+    body: dict[str, Any] = {"weight": property(_adapted_weight), "_replicate_for_data_parallel": _replicate}
     if base.forward is nn.Linear.forward:  # type: ignore[attr-defined]
         body["forward"] = _linear_forward
     return body
@@ -82,7 +100,10 @@ def _frozen_body(base: type) -> dict[str, Any]:
     def train(host: Any, mode: bool = True) -> Any:
         return base.train(host, False)  # type: ignore[attr-defined]
 
-    return {"train": train}
+    def reset_running_stats(host: Any) -> None:
+        """Nothing: torch.optim.swa_utils.update_bn would zero what a norm in eval never measures again."""
+
+    return {"train": train, "reset_running_stats": reset_running_stats}
 
 
 _BODIES: dict[str, Callable[[type], dict[str, Any]]] = {

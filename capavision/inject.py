@@ -13,8 +13,7 @@ from capavision.channels import measure
 from capavision.delta import AttentionDelta, Delta, Method, OutputDelta, Rows, Site, WeightDelta
 from capavision.softmax import look
 from capavision.targets import Parts, Spans, Targets, choose
-
-RECORD = "_capavision"  # the model's attribute that lists its injections
+from capavision.wrappers import RECORD, bare, refuse_sharded
 
 
 @dataclass(frozen=True)
@@ -101,7 +100,8 @@ def inject(
     """Put `method` into `model`: chosen hosts gain a delta, everything else but the classifier is frozen.
 
     Args:
-        model: any torch module; a timm model's classifier and input size are found by themselves.
+        model: any torch module; a timm model's classifier and input size are found by themselves. A compiled model
+            compiles again by itself; wrappers for many processes (DDP, fully_shard) come after inject.
         method: LoRA(...), Adapter(...), or any other Method.
         targets: what to adapt; None takes the method's own default for this architecture. A string or a list of
             - a qualified module name, "blocks.0.attn.qkv": that module;
@@ -121,7 +121,7 @@ def inject(
 
     Raises:
         ValueError: targets that match nothing or nothing adaptable, a host that carries a delta already, unknown
-            parts, sizes the method cannot serve. The model is left as it was.
+            parts, sizes the method cannot serve, a wrapper that must come after. The model is left as it was.
 
     >>> import timm
     >>> model = timm.create_model("vit_tiny_patch16_224", num_classes=10)
@@ -131,6 +131,8 @@ def inject(
     """
     if not isinstance(method, Method):
         raise TypeError(f"method must be a capavision method such as LoRA(rank=8), not {method!r}")
+    model = bare(model)
+    refuse_sharded(model, "inject before fully_shard")
     hosts = choose(model, method, targets, parts)
     placed = measure(model, hosts, example) if method.placement is OutputDelta else {}
     if method.placement is AttentionDelta:

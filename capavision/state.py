@@ -22,10 +22,12 @@ from capavision.attention import classifier
 from capavision.base import Base, differences, fingerprint
 from capavision.delta import Delta, Method
 from capavision.files import write_tensors
-from capavision.inject import RECORD, Injection, apply, base_tensors, injections
+from capavision.inject import Injection, apply, base_tensors, injections
 from capavision.targets import near, refuse_taken
+from capavision.wrappers import RECORD, bare, refuse_sharded, whole
 
 FORMAT = 1
+_ELSEWHERE = "save it (capavision.save puts the deltas together) and load the file onto a base that is not"
 
 
 def save(
@@ -38,6 +40,8 @@ def save(
 ) -> None:
     """Write what was trained into one .safetensors file; atomic.
 
+    A model under fully_shard is put together for it: every process must call, and each writes the same file.
+
     Args:
         model: an injected model.
         path: the file to write or replace.
@@ -46,18 +50,20 @@ def save(
         info: anything JSON can hold that a user of the file wants back: preprocessing, task, accuracy.
 
     Raises:
-        ValueError: the model carries no injection, or `classes` does not fit its logits.
+        ValueError: the model carries no injection or lost a host of it, or `classes` does not fit its logits.
         OSError: the disk is full or the folder cannot be written; a file that was there stays.
 
     >>> save(model, "dtd.safetensors", classes=["banded", "blotchy"])  # doctest: +SKIP
     """
+    model = bare(model)
     if not injections(model):
         raise ValueError("the model carries no injection, so there is nothing to save; call capavision.inject first")
+    _check_replaced(model)
     num_classes = getattr(model, "num_classes", None)
     if classes is not None and num_classes not in (None, len(classes)):
         raise ValueError(f"{len(classes)} class names for a model with {num_classes} classes")
     base = base or _derived_base(model)
-    trained = _trained(model)
+    trained = {name: whole(p) for name, p in _trained(model).items()}
     metadata = {
         "format": FORMAT,
         "injections": [_to_json(plan) for plan in injections(model)],
@@ -99,6 +105,8 @@ def load(path: str | os.PathLike[str], model: nn.Module | None = None, *, check_
         if base is None:
             raise ValueError(f"{path} does not say how its base model was built; pass it: load(path, model=…)")
         model = base.build(metadata["num_classes"]).eval()
+    given, model = model, bare(model)
+    refuse_sharded(model, "load before fully_shard")
     _check_fit(path, metadata, tensors, model, plans, check_base)
     try:
         for plan in plans:
@@ -108,7 +116,7 @@ def load(path: str | os.PathLike[str], model: nn.Module | None = None, *, check_
     except BaseException:  # Ctrl-C too leaves the model as it was
         remove(model)
         raise
-    return model if not built else model.eval()
+    return given if not built else given.eval()
 
 
 def describe(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -127,15 +135,17 @@ def fold(model: nn.Module) -> nn.Module:
     of width branches · rank, or branches · length keys and values.
 
     Raises:
-        ValueError: the model carries no injection.
+        ValueError: the model carries no injection, stands in a wrapper for many processes, or is sharded.
 
     >>> plain = fold(copy.deepcopy(model))  # doctest: +SKIP
     """
-    if not injections(model):
+    inner = bare(model)
+    if not injections(inner):
         raise ValueError("the model carries no injection, so there is nothing to fold")
-    for host in [m for m in model.modules() if isinstance(getattr(m, hosting.SLOT, None), Delta)]:
+    refuse_sharded(inner, _ELSEWHERE)
+    for host in [m for m in inner.modules() if isinstance(getattr(m, hosting.SLOT, None), Delta)]:
         hosting.fold(host)
-    _release(model, keep=Delta)
+    _release(inner, keep=Delta)
     return model
 
 
@@ -144,14 +154,19 @@ def remove(model: nn.Module) -> nn.Module:
 
     The classifier keeps what it learned.
 
+    Raises:
+        ValueError: the model stands in a wrapper for many processes, or is sharded.
+
     >>> base = remove(model)  # doctest: +SKIP
     """
-    for plan in reversed(injections(model)):
-        tensors = base_tensors(model)
+    inner = bare(model)
+    refuse_sharded(inner, _ELSEWHERE)
+    for plan in reversed(injections(inner)):
+        tensors = base_tensors(inner)
         with torch.no_grad():
             for name, original in plan.originals.items():
                 tensors[name].copy_(original)
-    _release(model)
+    _release(inner)
     return model
 
 
@@ -163,6 +178,25 @@ def _release(model: nn.Module, keep: type | None = None) -> None:
     for module in list(model.modules()):
         if keep is None or not isinstance(getattr(module, hosting.SLOT, None), keep):
             hosting.detach(module, model.training)
+
+
+def _check_replaced(model: nn.Module) -> None:
+    """Raise ValueError if a file could not bring the model back: a host or a frozen norm was replaced after inject."""
+    modules = dict(model.named_modules())
+    for name in [name for plan in injections(model) for name in plan.hosts]:
+        if not isinstance(getattr(modules.get(name), hosting.SLOT, None), Delta):
+            raise ValueError(
+                f"{name} has lost its delta: the module was replaced or taken out after inject, and the file would not "
+                "load; do that first (reset_classifier, prune_intermediate_layers, reparameterize_model), then inject"
+            )
+    moving = {name for plan in injections(model) for name in plan.trained}
+    for name, module in modules.items():
+        kept = hosting.is_swapped(module) or f"{name}.running_mean" in moving
+        if hosting.is_batch_norm(module) and not kept:
+            raise ValueError(
+                f"{name} ({type(module).__name__}) came after inject and keeps statistics, which have no place in the "
+                "file; do first what brought it (convert_sync_batchnorm, reset_classifier), then inject"
+            )
 
 
 def _factors(model: nn.Module) -> list[masks.Factor]:

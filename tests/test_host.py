@@ -6,7 +6,7 @@ from collections import namedtuple
 import pytest
 import torch
 import torch.nn.functional as F
-from timm.layers import Conv2dSame, ScaledStdConv2d
+from timm.layers import Conv2dSame, ScaledStdConv2d, StdConv2d, StdConv2dSame
 from torch import nn
 
 import capavision as cv
@@ -57,12 +57,15 @@ KINDS = {
     "strided conv": Kind(lambda: nn.Conv2d(8, 12, 3, stride=2), 12, (2, 8, 9, 9)),
     "dilated conv": Kind(lambda: nn.Conv2d(8, 12, 3, dilation=2), 12, (2, 8, 9, 9)),
     "conv padded by reflection": Kind(lambda: nn.Conv2d(8, 12, 3, padding=1, padding_mode="reflect"), 12, (2, 8, 9, 9)),
+    "conv padded in a circle": Kind(lambda: nn.Conv2d(8, 12, 3, padding=1, padding_mode="circular"), 12, (2, 8, 9, 9)),
     "conv padded to the same size": Kind(lambda: nn.Conv2d(8, 12, 3, padding="same"), 12, (2, 8, 9, 9)),
     "grouped conv": Kind(lambda: nn.Conv2d(8, 12, 3, groups=4), 12, (2, 8, 9, 9)),
     "depthwise conv": Kind(lambda: nn.Conv2d(8, 8, 5, groups=8, padding=2), 8, (2, 8, 9, 9)),
     "conv over time": Kind(lambda: nn.Conv1d(8, 12, 5), 12, (2, 8, 19)),
     "conv over volumes": Kind(lambda: nn.Conv3d(4, 8, 3), 8, (2, 4, 5, 5, 5)),
     "weight-standardised conv": Kind(lambda: ScaledStdConv2d(8, 12, 3), 12, (2, 8, 9, 9)),
+    "weight-standardised conv of BiT": Kind(lambda: StdConv2d(8, 12, 3), 12, (2, 8, 9, 9)),
+    "weight-standardised same conv": Kind(lambda: StdConv2dSame(8, 12, 3, stride=2), 12, (2, 8, 9, 9)),
     "tensorflow's same conv": Kind(lambda: Conv2dSame(8, 12, 3, stride=2), 12, (2, 8, 9, 9)),
 }
 each_kind = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
