@@ -11,6 +11,7 @@ from capavision import methods as methods
 from capavision.base import Base
 from capavision.delta import Delta, Method, OutputDelta, Site, WeightDelta
 from capavision.inject import Report, inject, parameters
+from capavision.interop import from_peft, to_peft
 from capavision.methods.adapter import Adapter
 from capavision.methods.linear_probe import LinearProbe
 from capavision.methods.lora import LoRA
@@ -30,9 +31,11 @@ __all__ = [
     "WeightDelta",
     "describe",
     "fold",
+    "from_peft",
     "inject",
     "load",
     "parameters",
     "remove",
     "save",
+    "to_peft",
 ]

@@ -26,7 +26,7 @@ def measure(model: nn.Module, hosts: Iterable[str], example: Tensor | None) -> d
     modes = {module: module.training for module in model.modules()}
     try:
         with torch.no_grad():
-            model.eval()(_example(model) if example is None else example)
+            model.eval()(example_input(model) if example is None else example)
     finally:
         for hook in hooks:
             hook.remove()
@@ -38,7 +38,12 @@ def measure(model: nn.Module, hosts: Iterable[str], example: Tensor | None) -> d
     return {name: _channels(model, name, *shapes[name]) for name in hosts}
 
 
-def _example(model: nn.Module) -> Tensor:
+def example_input(model: nn.Module) -> Tensor:
+    """One black image of the size the model asks for.
+
+    Raises:
+        ValueError: the model does not tell its input size.
+    """
     like = next(model.parameters())
     size = getattr(getattr(model, "patch_embed", None), "img_size", None)
     cfg = getattr(model, "pretrained_cfg", None) or {}

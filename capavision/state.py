@@ -52,28 +52,33 @@ def save(
 
     >>> save(model, "dtd.safetensors", classes=["banded", "blotchy"])  # doctest: +SKIP
     """
+    refuse_unsavable(model)
+    num_classes = getattr(model, "num_classes", None)
+    if classes is not None and num_classes not in (None, len(classes)):
+        raise ValueError(f"{len(classes)} class names for a model with {num_classes} classes")
+    base = base or _derived_base(model)
+    values = trained(model)
+    metadata = {
+        "format": FORMAT,
+        "injections": [_to_json(plan) for plan in injections(model)],
+        "masks": masks.checksum(_factors(model)),
+        "base": dataclasses.asdict(base) if base else None,
+        "fingerprint": fingerprint(model, values),
+        "num_classes": num_classes,
+        "classes": classes,
+        "info": dict(info or {}),
+    }
+    write_tensors(path, values, {"capavision": json.dumps(metadata)})
+
+
+def refuse_unsavable(model: nn.Module) -> None:
+    """Raise ValueError if the model carries no injection, or trained what no file of deltas holds."""
     if not injections(model):
         raise ValueError("the model carries no injection, so there is nothing to save; call capavision.inject first")
     if not all(plan.freeze_norm for plan in injections(model)) and any(map(hosting.is_batch_norm, model.modules())):
         raise ValueError(
             "batch norms were left to train (freeze_norm=False), and their statistics have no place in the file"
         )
-    num_classes = getattr(model, "num_classes", None)
-    if classes is not None and num_classes not in (None, len(classes)):
-        raise ValueError(f"{len(classes)} class names for a model with {num_classes} classes")
-    base = base or _derived_base(model)
-    trained = _trained(model)
-    metadata = {
-        "format": FORMAT,
-        "injections": [_to_json(plan) for plan in injections(model)],
-        "masks": masks.checksum(_factors(model)),
-        "base": dataclasses.asdict(base) if base else None,
-        "fingerprint": fingerprint(model, trained),
-        "num_classes": num_classes,
-        "classes": classes,
-        "info": dict(info or {}),
-    }
-    write_tensors(path, trained, {"capavision": json.dumps(metadata)})
 
 
 def load(path: str | os.PathLike[str], model: nn.Module | None = None, *, check_base: bool = True) -> nn.Module:
@@ -169,7 +174,7 @@ def _factors(model: nn.Module) -> list[masks.Factor]:
     return [m for _, m in sorted(model.named_modules()) if isinstance(m, masks.Factor)]
 
 
-def _trained(model: nn.Module) -> dict[str, Tensor]:
+def trained(model: nn.Module) -> dict[str, Tensor]:
     """Deltas and head whatever their flags say now, and all else that is being trained."""
     own = [name for name, m in model.named_modules() if isinstance(m, Delta)]
     own += [name for plan in injections(model) for name in plan.head] + list(classifier(model))
@@ -262,7 +267,7 @@ def _check_masks(path: str | os.PathLike[str], metadata: dict[str, Any], model: 
 @torch.no_grad()
 def _restore(path: str | os.PathLike[str], model: nn.Module, tensors: dict[str, Tensor]) -> None:
     own = dict(model.named_parameters())
-    missing = sorted(_trained(model).keys() - tensors.keys())
+    missing = sorted(trained(model).keys() - tensors.keys())
     foreign = sorted(tensors.keys() - own.keys())
     if missing or foreign:
         raise ValueError(f"{path} does not fit the model: missing {missing[:3]}, not in the model {foreign[:3]}")
