@@ -9,7 +9,7 @@
 
 from capavision import methods as methods
 from capavision.base import Base
-from capavision.delta import Delta, Method, OutputDelta, Site, WeightDelta
+from capavision.delta import Delta, Factors, Method, OutputDelta, Site, WeightDelta
 from capavision.inject import Report, inject, parameters
 from capavision.interop import from_peft, to_peft
 from capavision.methods.adapter import Adapter
@@ -22,6 +22,7 @@ __all__ = [
     "Adapter",
     "Base",
     "Delta",
+    "Factors",
     "LinearProbe",
     "LoRA",
     "Method",

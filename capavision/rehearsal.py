@@ -7,7 +7,7 @@ A host of ours is the same module with W + ΔW in it. PEFT instead puts a wrappe
 Both agree for plain Linears and dense convs. They do not where the model reads host.weight itself (beit, eva, swin_v2:
 PEFT's path is dead), where a conv standardises its weight (nfnet, BiT), where the second conv loses the dilation or the
 padding mode, or where the model asks the host for something that a wrapper does not have (davit). The rehearsal needs
-no list of such models: it runs the wrapper in every host's place, on random factors of rank 1, and compares.
+no list of such models: it runs the wrapper in every host's place, on random factors of rank 2, and compares.
 """
 
 import copy
@@ -24,6 +24,7 @@ from capavision.attention import weight_of
 from capavision.channels import example_input
 from capavision.state import remove
 
+RANK = 2  # weight-standardised layers of rank 1 do not even run
 TOLERANCE = 1e-3  # of the effect of ΔW; rounding is 1e-5 at worst, a standardised weight is off by 0.9
 
 
@@ -34,9 +35,10 @@ class Wrapper(nn.Module):
         super().__init__()
         self.base_layer = base
         weight = weight_of(base)
-        up, down = (torch.randn(n, generator=random).to(weight) for n in (weight.shape[0], weight[0].numel()))
-        norm = weight.norm() / (up.norm() * down.norm())
-        self.up, self.down = up * (norm if norm > 0 else 1), down
+        up = torch.randn(weight.shape[0], RANK, generator=random).to(weight)
+        down = torch.randn(RANK, weight[0].numel(), generator=random).to(weight)
+        share = weight.norm() / (up @ down).norm()
+        self.up, self.down = up * (share if share > 0 else 1), down
         self.calls = 0
         self.error = 0.0
         self.failure = ""
@@ -52,7 +54,7 @@ class Wrapper(nn.Module):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         self.calls += 1
         plain = self.base_layer(x, *args, **kwargs)
-        delta = torch.outer(self.up, self.down).view_as(self.weight)
+        delta = (self.up @ self.down).view_as(self.weight)
         ours = functional_call(self.base_layer, {"weight": self.weight + delta}, (x, *args), kwargs)
         try:
             theirs = plain + self.second_path(x)
@@ -66,12 +68,12 @@ class Wrapper(nn.Module):
     def second_path(self, x: Tensor) -> Tensor:
         base: Any = self.base_layer
         if isinstance(base, nn.Linear):
-            return (x @ self.down)[..., None] * self.up
+            return x @ self.down.T @ self.up.T
         ones = (1,) * len(base.kernel_size)
-        lora_A = type(base)(base.in_channels, 1, base.kernel_size, base.stride, base.padding, bias=False)
-        lora_B = type(base)(1, base.out_channels, ones, ones, bias=False)
-        lora_A.weight = nn.Parameter(self.down.view(1, *self.weight.shape[1:]), requires_grad=False)
-        lora_B.weight = nn.Parameter(self.up.view(-1, 1, *ones), requires_grad=False)
+        lora_A = type(base)(base.in_channels, RANK, base.kernel_size, base.stride, base.padding, bias=False)
+        lora_B = type(base)(RANK, base.out_channels, ones, ones, bias=False)
+        lora_A.weight = nn.Parameter(self.down.view(RANK, *self.weight.shape[1:]), requires_grad=False)
+        lora_B.weight = nn.Parameter(self.up.view(-1, RANK, *ones), requires_grad=False)
         y: Tensor = lora_B.eval()(lora_A.eval()(x))
         return y
 
