@@ -15,6 +15,7 @@ from capavision.interop import from_peft, to_peft
 from capavision.methods.adapter import Adapter
 from capavision.methods.linear_probe import LinearProbe
 from capavision.methods.lora import LoRA
+from capavision.publish import model_card, push_to_hub
 from capavision.state import describe, fold, load, remove, save
 from capavision.version import __version__ as __version__
 
@@ -35,7 +36,9 @@ __all__ = [
     "from_peft",
     "inject",
     "load",
+    "model_card",
     "parameters",
+    "push_to_hub",
     "remove",
     "save",
     "to_peft",

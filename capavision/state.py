@@ -22,6 +22,7 @@ from capavision.attention import classifier
 from capavision.base import Base, differences, fingerprint
 from capavision.delta import Delta, Method
 from capavision.files import write_tensors
+from capavision.hub import fetched
 from capavision.inject import RECORD, Injection, apply, injections
 from capavision.targets import near, refuse_taken
 
@@ -85,7 +86,8 @@ def load(path: str | os.PathLike[str], model: nn.Module | None = None, *, check_
     """The model that was saved: `model` (or the rebuilt timm model) with the file's deltas and head.
 
     Args:
-        path: a file written by `save`.
+        path: a file written by `save`, or "hf-hub:user/name", a repo on the Hugging Face hub (add @revision for one
+            of its branches, tags or commits).
         model: the base, with as many classes as the file; None builds it with timm as the file says.
         check_base: refuse a base whose weights are not those the deltas were trained on.
 
@@ -94,7 +96,8 @@ def load(path: str | os.PathLike[str], model: nn.Module | None = None, *, check_
 
     Raises:
         ValueError: not one of our files, truncated, of a newer format, or for another architecture, checkpoint or
-            number of classes. The given model is then as it was.
+            number of classes; no such repo. The given model is then as it was.
+        OSError: the hub is out of reach.
 
     >>> model = load("dtd.safetensors")  # doctest: +SKIP
     """
@@ -207,10 +210,11 @@ def _from_json(plan: dict[str, Any], path: str | os.PathLike[str]) -> Injection:
 
 
 def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    if not Path(path).is_file():
+    file_path = fetched(path)
+    if not Path(file_path).is_file():
         raise ValueError(f"{path} is not a file")
     try:
-        with safe_open(path, framework="pt") as file:
+        with safe_open(file_path, framework="pt") as file:
             metadata = json.loads((file.metadata() or {}).get("capavision", "null"))
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
     except (SafetensorError, json.JSONDecodeError) as error:
