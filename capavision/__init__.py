@@ -9,8 +9,9 @@
 
 from capavision import methods as methods
 from capavision.base import Base
-from capavision.delta import AttentionDelta, Delta, Method, OutputDelta, Site, WeightDelta
+from capavision.delta import AttentionDelta, Delta, Factors, Method, OutputDelta, Site, WeightDelta
 from capavision.inject import Report, inject, parameters
+from capavision.interop import from_peft, to_peft
 from capavision.methods.adapter import Adapter
 from capavision.methods.bitfit import BitFit
 from capavision.methods.circulant import Circulant
@@ -21,6 +22,7 @@ from capavision.methods.linear_probe import LinearProbe
 from capavision.methods.lora import LoRA
 from capavision.methods.prefix import Prefix
 from capavision.methods.toeplitz import Toeplitz
+from capavision.publish import model_card, push_to_hub
 from capavision.state import describe, fold, load, remove, save
 from capavision.version import __version__ as __version__
 
@@ -32,6 +34,7 @@ __all__ = [
     "BitFit",
     "Circulant",
     "Delta",
+    "Factors",
     "Full",
     "Kronecker",
     "LinearProbe",
@@ -45,9 +48,13 @@ __all__ = [
     "WeightDelta",
     "describe",
     "fold",
+    "from_peft",
     "inject",
     "load",
+    "model_card",
     "parameters",
+    "push_to_hub",
     "remove",
     "save",
+    "to_peft",
 ]

@@ -39,13 +39,18 @@ def run_once(model: nn.Module, example: Tensor | None) -> None:
     modes = {module: module.training for module in model.modules()}
     try:
         with torch.no_grad():
-            model.eval()(_example(model) if example is None else example)
+            model.eval()(example_input(model) if example is None else example)
     finally:
         for module, mode in modes.items():
             module.training = mode
 
 
-def _example(model: nn.Module) -> Tensor:
+def example_input(model: nn.Module) -> Tensor:
+    """One black image of the size the model asks for.
+
+    Raises:
+        ValueError: the model does not tell its input size.
+    """
     like = next(model.parameters())
     size = getattr(getattr(model, "patch_embed", None), "img_size", None)
     cfg = getattr(model, "pretrained_cfg", None) or {}

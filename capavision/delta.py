@@ -8,7 +8,7 @@ dense module of their own, without masks or sharing.
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -60,6 +60,14 @@ class Delta(nn.Module):
     """Base of all placements; `model.modules()` filtered by it finds every delta."""
 
 
+class Factors(NamedTuple):
+    """ΔW = scale · up @ down, for up (n_out, r) and down (r, n_in)."""
+
+    up: Tensor
+    down: Tensor
+    scale: float
+
+
 class WeightDelta(Delta, ABC):
     """ΔW of shape (n_out, n_in), added to a host's weight.
 
@@ -71,6 +79,10 @@ class WeightDelta(Delta, ABC):
     @abstractmethod
     def weight(self) -> Tensor:
         """ΔW, dense, (n_out, n_in)."""
+
+    def factors(self) -> Factors | None:
+        """ΔW as a plain LoRA, masks multiplied in; None where it is no product of two thin matrices."""
+        return None
 
     def forward(self, x: Tensor) -> Tensor:
         """x ΔWᵀ, (…, n_in) to (…, n_out)."""
@@ -111,6 +123,19 @@ class Rows(WeightDelta):
 
     def weight(self) -> Tensor:
         return self._assemble({name: self._part(name).weight() for name in self.rows}, 0)
+
+    def factors(self) -> Factors | None:
+        parts = [part for name in self.rows if (part := self._part(name).factors()) is not None]
+        if len(parts) < len(self.rows):
+            return None
+        scale, down = parts[0].scale, torch.cat([part.down for part in parts])
+        up = down.new_zeros(self.n_out, len(down))
+        at = 0
+        for (start, stop), part in zip(self.rows.values(), parts, strict=True):
+            # Each part has columns of its own, so that rows do not mix: [[B_q, 0], [0, 0], [0, B_v]].
+            up[start:stop, at : at + len(part.down)] = part.up * (part.scale / scale)
+            at += len(part.down)
+        return Factors(up, down, scale)
 
     def forward(self, x: Tensor) -> Tensor:
         return self._assemble({name: self._part(name)(x) for name in self.rows}, -1)

@@ -1,7 +1,8 @@
-"""Atomic writes and the cache folder: a file is either whole or not there."""
+"""Atomic writes and the cache folder: a file or folder is either whole or not there."""
 
 import contextlib
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -35,12 +36,45 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         yield temporary
         with temporary.open("rb") as written:
             os.fsync(written.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)  # mkstemp makes files only their owner can read
+        temporary.chmod(0o666 & ~_umask())  # mkstemp makes files only their owner can read
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def refuse_existing(folder: Path) -> None:
+    """Raise ValueError if something is there already."""
+    if folder.exists():
+        raise ValueError(f"{folder} exists; name another folder, or delete it first")
+
+
+@contextlib.contextmanager
+def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """A temporary folder beside `path`; it becomes `path` when the block ends well, and vanishes when not.
+
+    Raises:
+        ValueError: `path` exists.
+        OSError: the disk is full or the parent cannot be written; nothing is left there.
+
+    >>> with new_folder("package") as temporary:  # doctest: +SKIP
+    ...     (temporary / "config.json").write_text("{}")
+    """
+    path = Path(path)
+    refuse_existing(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    try:
+        yield temporary
+        temporary.chmod(0o777 & ~_umask())  # mkdtemp makes folders only their owner can enter
+        temporary.rename(path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _umask() -> int:
+    umask = os.umask(0)
+    os.umask(umask)
+    return umask
 
 
 def write_tensors(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:

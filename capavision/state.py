@@ -22,6 +22,7 @@ from capavision.attention import classifier
 from capavision.base import Base, differences, fingerprint
 from capavision.delta import Delta, Method
 from capavision.files import write_tensors
+from capavision.hub import fetched
 from capavision.inject import Injection, apply, base_tensors, injections
 from capavision.targets import near, refuse_taken
 from capavision.wrappers import RECORD, bare, refuse_sharded, whole
@@ -56,32 +57,38 @@ def save(
     >>> save(model, "dtd.safetensors", classes=["banded", "blotchy"])  # doctest: +SKIP
     """
     model = bare(model)
-    if not injections(model):
-        raise ValueError("the model carries no injection, so there is nothing to save; call capavision.inject first")
-    _check_replaced(model)
+    refuse_unsavable(model)
     num_classes = getattr(model, "num_classes", None)
     if classes is not None and num_classes not in (None, len(classes)):
         raise ValueError(f"{len(classes)} class names for a model with {num_classes} classes")
     base = base or _derived_base(model)
-    trained = {name: whole(p) for name, p in _trained(model).items()}
+    values = {name: whole(p) for name, p in trained(model).items()}
     metadata = {
         "format": FORMAT,
         "injections": [_to_json(plan) for plan in injections(model)],
         "masks": masks.checksum(_factors(model)),
         "base": dataclasses.asdict(base) if base else None,
-        "fingerprint": fingerprint(model, trained),
+        "fingerprint": fingerprint(model, values),
         "num_classes": num_classes,
         "classes": classes,
         "info": dict(info or {}),
     }
-    write_tensors(path, trained, {"capavision": json.dumps(metadata)})
+    write_tensors(path, values, {"capavision": json.dumps(metadata)})
+
+
+def refuse_unsavable(model: nn.Module) -> None:
+    """Raise ValueError if the model carries no injection, or one that a file could not bring back."""
+    if not injections(model):
+        raise ValueError("the model carries no injection, so there is nothing to save; call capavision.inject first")
+    _check_replaced(model)
 
 
 def load(path: str | os.PathLike[str], model: nn.Module | None = None, *, check_base: bool = True) -> nn.Module:
     """The model that was saved: `model` (or the rebuilt timm model) with the file's deltas and head.
 
     Args:
-        path: a file written by `save`.
+        path: a file written by `save`, or "hf-hub:user/name", a repo on the Hugging Face hub (add @revision for one
+            of its branches, tags or commits).
         model: the base, with as many classes as the file; None builds it with timm as the file says.
         check_base: refuse a base whose weights are not those the deltas were trained on.
 
@@ -90,7 +97,8 @@ def load(path: str | os.PathLike[str], model: nn.Module | None = None, *, check_
 
     Raises:
         ValueError: not one of our files, truncated, of a newer format, or for another architecture, checkpoint or
-            number of classes. The given model is then as it was.
+            number of classes; no such repo. The given model is then as it was.
+        OSError: the hub is out of reach.
 
     >>> model = load("dtd.safetensors")  # doctest: +SKIP
     """
@@ -203,7 +211,7 @@ def _factors(model: nn.Module) -> list[masks.Factor]:
     return [m for _, m in sorted(model.named_modules()) if isinstance(m, masks.Factor)]
 
 
-def _trained(model: nn.Module) -> dict[str, Tensor]:
+def trained(model: nn.Module) -> dict[str, Tensor]:
     """Deltas, head and the base's trained tensors whatever their flags say now, and all else that is being trained."""
     own = [name for name, m in model.named_modules() if isinstance(m, Delta)]
     own += [name for plan in injections(model) for name in plan.head] + list(classifier(model))
@@ -239,10 +247,11 @@ def _from_json(plan: dict[str, Any], path: str | os.PathLike[str]) -> Injection:
 
 
 def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    if not Path(path).is_file():
+    file_path = fetched(path)
+    if not Path(file_path).is_file():
         raise ValueError(f"{path} is not a file")
     try:
-        with safe_open(path, framework="pt") as file:
+        with safe_open(file_path, framework="pt") as file:
             metadata = json.loads((file.metadata() or {}).get("capavision", "null"))
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
     except (SafetensorError, json.JSONDecodeError) as error:
@@ -299,7 +308,7 @@ def _check_masks(path: str | os.PathLike[str], metadata: dict[str, Any], model: 
 @torch.no_grad()
 def _restore(path: str | os.PathLike[str], model: nn.Module, tensors: dict[str, Tensor]) -> None:
     own = base_tensors(model)
-    missing = sorted(_trained(model).keys() - tensors.keys())
+    missing = sorted(trained(model).keys() - tensors.keys())
     foreign = sorted(tensors.keys() - own.keys())
     if missing or foreign:
         raise ValueError(f"{path} does not fit the model: missing {missing[:3]}, not in the model {foreign[:3]}")

@@ -7,11 +7,8 @@ is relative: the largest difference over the largest logit, at batches 1, 2, 3 a
 import copy
 import dataclasses
 import json
-import os
 import platform
-import shutil
 import sys
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,6 +20,7 @@ import torch
 from torch import nn
 
 import capavision as cv
+from capavision.files import new_folder, refuse_existing
 from export.graph import folded, to_onnx
 from export.runtime import FILES, SCHEMA, TOLERANCE, Classifier, random_pixels, relative_error, sha256
 
@@ -62,14 +60,11 @@ def build(source: Source, out: Path, *, opset: int | None = None, tolerance: flo
         ValueError: `out` exists, the model does not export, or the graph and PyTorch disagree.
         OSError: the disk is full.
     """
-    if out.exists():
-        raise ValueError(f"{out} exists; name another --out, or delete it first")
+    refuse_existing(out)
     preprocessing, classes = source.about["info"]["preprocessing"], source.about["classes"]
     labels = {str(i): name for i, name in enumerate(classes)}
     proto = to_onnx(folded(source.model), preprocessing["size"], labels, opset)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    try:
+    with new_folder(out) as work:
         onnx.save(proto, work / "model.onnx")
         onnx.checker.check_model(str(work / "model.onnx"), full_check=True)
         _write(work / "config.json", _config(source, labels))
@@ -80,10 +75,6 @@ def build(source: Source, out: Path, *, opset: int | None = None, tolerance: flo
         manifest["parity"] = parity(runtime.logits, source.model, runtime, tolerance)
         manifest["probe"] = probe(runtime, source.model)
         _write(work / "manifest.json", manifest)
-        os.chmod(work, 0o755)
-        work.rename(out)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
     return manifest
 
 

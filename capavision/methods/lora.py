@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from capavision.attention import query_value_hosts
 from capavision.checks import nonzero, whole
-from capavision.delta import Method, Site, WeightDelta
+from capavision.delta import Factors, Method, Site, WeightDelta
 from capavision.masks import Sharing
 
 
@@ -71,6 +71,9 @@ class LowRank(WeightDelta):
     def weight(self) -> Tensor:
         product: Tensor = self.B() @ self.A()
         return self.scale * product
+
+    def factors(self) -> Factors:
+        return Factors(self.B(), self.A(), self.scale)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(F.linear(x, self.A().to(x.dtype)), self.B().to(x.dtype)) * self.scale
