@@ -18,7 +18,7 @@ How it works:
             return y + self.delta(x, y)
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -52,11 +52,23 @@ def _weight_body(base: type) -> dict[str, Any]:
 def _output_body(base: type) -> dict[str, Any]:
     def forward(host: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         y = base.forward(host, x, *args, **kwargs)  # type: ignore[attr-defined]
-        if isinstance(y, tuple):
-            return (y[0] + host.delta(x, y[0]), *y[1:])
-        return y + host.delta(x, y)
+        if not isinstance(y, (tuple, list)):
+            return y + host.delta(x, y)
+        at = chosen(x, y)
+        return type(y)([*y[:at], y[at] + host.delta(x, y[at]), *y[at + 1 :]])
 
+    if issubclass(base, nn.Sequential):  # its own forward iterates over it, and must not meet the delta there
+        return {"forward": forward, "__iter__": _links, "__len__": lambda host: sum(1 for _ in host)}
     return {"forward": forward}
+
+
+def chosen(x: Any, outputs: Sequence[Any]) -> int:
+    """Which of a block's outputs is adapted: the first, but not an input that is only passed on (coat's x1)."""
+    return next((i for i, y in enumerate(outputs) if y is not x), 0)
+
+
+def _links(host: Any) -> Iterator[nn.Module]:
+    return (module for name, module in host._modules.items() if name != SLOT)
 
 
 def _frozen_body(base: type) -> dict[str, Any]:
