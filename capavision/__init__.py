@@ -12,21 +12,33 @@ from capavision.base import Base
 from capavision.delta import Delta, Method, OutputDelta, Site, WeightDelta
 from capavision.inject import Report, inject, parameters
 from capavision.methods.adapter import Adapter
+from capavision.methods.bitfit import BitFit
+from capavision.methods.circulant import Circulant
+from capavision.methods.full import Full
+from capavision.methods.kronecker import Kronecker
+from capavision.methods.ldr import LDR
 from capavision.methods.linear_probe import LinearProbe
 from capavision.methods.lora import LoRA
+from capavision.methods.toeplitz import Toeplitz
 from capavision.state import describe, fold, load, remove, save
 from capavision.version import __version__ as __version__
 
 __all__ = [
+    "LDR",
     "Adapter",
     "Base",
+    "BitFit",
+    "Circulant",
     "Delta",
+    "Full",
+    "Kronecker",
     "LinearProbe",
     "LoRA",
     "Method",
     "OutputDelta",
     "Report",
     "Site",
+    "Toeplitz",
     "WeightDelta",
     "describe",
     "fold",

@@ -58,14 +58,19 @@ class Delta(nn.Module):
 
 
 class WeightDelta(Delta, ABC):
-    """ΔW of shape (n_out, n_in), added to a host's weight."""
+    """ΔW of shape (n_out, n_in), added to a host's weight.
+
+    A method whose forward(x) is cheaper than a dense ΔW overrides it and sets `factored`; else a Linear runs W + ΔW.
+    """
+
+    factored: bool = False
 
     @abstractmethod
     def weight(self) -> Tensor:
         """ΔW, dense, (n_out, n_in)."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """x ΔWᵀ, (…, n_in) to (…, n_out); a factored method overrides it with something cheaper."""
+        """x ΔWᵀ, (…, n_in) to (…, n_out)."""
         return F.linear(x, self.weight().to(x.dtype))
 
 
@@ -78,6 +83,7 @@ class Rows(WeightDelta):
     def __init__(self, n_out: int, parts: dict[str, tuple[tuple[int, int], WeightDelta]]) -> None:
         super().__init__()
         self.n_out = n_out
+        self.factored = all(part.factored for _, part in parts.values())
         self.rows = {name: rows for name, (rows, _) in sorted(parts.items(), key=lambda item: item[1][0])}
         self.parts = nn.ModuleDict({name: parts[name][1] for name in self.rows})
 
@@ -126,7 +132,7 @@ class Method:
     """
 
     name: ClassVar[str]
-    placement: ClassVar[type[Delta] | None]  # WeightDelta, OutputDelta, or None for a method without hosts
+    placement: ClassVar[type[Delta] | None] = None  # WeightDelta, OutputDelta, or None for a method without hosts
     known: ClassVar[dict[str, type["Method"]]] = {}
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -144,6 +150,10 @@ class Method:
     def targets(self, model: nn.Module) -> dict[str, str | None]:
         """Default hosts of this method in `model`: qualified name -> parts to adapt, None for all of it."""
         return {}
+
+    def trains(self, model: nn.Module) -> list[str]:
+        """The parameters of the base itself that this method trains, by name; `remove` puts their values back."""
+        return []
 
     def build(self, site: Site) -> Delta:
         raise TypeError(f"{type(self).__name__} has no hosts, so it builds no delta")

@@ -9,7 +9,7 @@ How it works:
         @property
         def weight(self):                     # whoever reads the weight gets W + ΔW: beit, eva, swin_v2, every conv
             return self._parameters["weight"] + self.delta.weight()
-        def forward(self, x):                 # factored; only where the class's forward is exactly nn.Linear.forward
+        def forward(self, x):                 # if ΔW is factored, and the class's forward exactly nn.Linear.forward
             return F.linear(x, self._parameters["weight"], self.bias) + self.delta(x)
 
     class AdaptedMlp(Mlp):                    # a block: the base forward runs, its output gains Δ(x, y)
@@ -38,8 +38,12 @@ def _adapted_weight(host: Any) -> Tensor:
 
 
 def _linear_forward(host: Any, x: Tensor) -> Tensor:
+    base: Tensor = host._parameters["weight"]
+    if not host.delta.factored and base.dtype == delta_dtype(base):
+        return F.linear(x, host.weight, host.bias)
+    # Beside a half-precision W, a small ΔW would be lost in the sum of the two: it acts on its own.
     added: Tensor = host.delta(x)
-    return F.linear(x, host._parameters["weight"], host.bias) + added
+    return F.linear(x, base, host.bias) + added
 
 
 def _weight_body(base: type) -> dict[str, Any]:
@@ -152,6 +156,12 @@ def delta_dtype(weight: Tensor) -> torch.dtype:
 def is_batch_norm(module: nn.Module) -> bool:
     """Whether the module keeps running statistics."""
     return isinstance(module, _BatchNorm)
+
+
+def batch_norm_statistics(model: nn.Module) -> tuple[str, ...]:
+    """The buffers that batch norms change in train mode, by name."""
+    norms = [(name, m) for name, m in model.named_modules() if is_batch_norm(m)]
+    return tuple(f"{name}.{buffer}" for name, m in norms for buffer, _ in m.named_buffers(recurse=False))
 
 
 def freeze_batch_norm(model: nn.Module) -> list[nn.Module]:
