@@ -17,7 +17,7 @@ import torch
 
 import capavision as cv
 from benchmarks.tables import add_methods, check_methods, check_names, measured, row, table
-from tests.families import FAMILIES, Outcome, RefusedError, chain, family_model
+from tests.families import FAMILIES, Outcome, RefusedError, chain, chain_of_norms, family_model
 from vtab.cli import Parser, run
 from vtab.record import write
 
@@ -26,6 +26,7 @@ SETTINGS: dict[str, tuple[cv.Method, str | None]] = {
     "lora": (cv.LoRA(rank=4, branches=2), "all"),
     "adapter": (cv.Adapter(rank=4, branches=2), None),
 }
+NORMS = "batch norms"  # the row of families that have them: statistics left to train
 COLUMNS = ("family", "architecture", "method", "hosts", "trained values", "unused", "batch norms", "result", "s")
 
 
@@ -49,10 +50,14 @@ class Row:
 def sweep(families: Sequence[str], methods: Sequence[str]) -> Iterator[Row]:
     """The rows in order, each as soon as it is known."""
     for family in families:
+        outcome = None
         for name in methods:
             start = time.perf_counter()
             result, outcome = attempt(family, *setting(name))
             yield Row(family, name, result, time.perf_counter() - start, outcome)
+        if outcome and outcome.norms:
+            start = time.perf_counter()
+            yield Row(family, NORMS, norms(family), time.perf_counter() - start)
 
 
 def setting(name: str) -> tuple[cv.Method, str | None]:
@@ -69,7 +74,22 @@ def attempt(family: str, method: cv.Method, targets: str | None) -> tuple[str, O
     except RefusedError as refusal:
         return f"refused: {refusal}", None
     except Exception as error:  # whatever goes wrong in one family is its row, and the sweep goes on
-        return f"FAILED: {type(error).__name__}: {' '.join(str(error).split())[:300]}", None
+        return failure(error), None
+
+
+def norms(family: str) -> str:
+    """The same for batch norms that are left to train: their statistics are saved and loaded."""
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            chain_of_norms(*family_model(family), Path(folder) / "it.safetensors")
+    except Exception as error:
+        return failure(error)
+    return "ok"
+
+
+def failure(error: Exception) -> str:
+    """What went wrong, on one line."""
+    return f"FAILED: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
 def summary(rows: Sequence[Row]) -> str:
@@ -78,10 +98,10 @@ def summary(rows: Sequence[Row]) -> str:
     for name in dict.fromkeys(r.method for r in rows):
         mine = [r for r in rows if r.method == name]
         results = [r.result.partition(":")[0] for r in mine]
-        norms = sum(r.outcome is not None and r.outcome.norms > 0 for r in mine)
+        normed = sum(r.outcome is not None and r.outcome.norms > 0 for r in mine)
         counts = [results.count(word) for word in ("ok", "refused", "FAILED")]
-        method, targets = setting(name)
-        lines.append((f"`{method}`", targets or "its default hosts", len(mine), *counts, norms))
+        method, targets = setting(name) if name != NORMS else (cv.LinearProbe(), "the head; `freeze_norm=False`")
+        lines.append((f"`{method}`", targets or "its default hosts", len(mine), *counts, normed or len(mine)))
     columns = ("method", "targets", "families", "ok", "refused", "failed", "ok with batch norms")
     return table(columns, lines)
 
@@ -99,6 +119,9 @@ One small model of each of timm's {len(FAMILIES)} families, random weights, floa
 - save, then load on a fresh base, gives the same output bit for bit, batch norms included;
 - fold: each weight is W + ΔW exactly, each bottleneck the same function, the output the same to 1e-6 of the movement;
 - remove gives every bit, class and flag of the base back.
+
+By default batch norms keep the base's statistics; a family that has them gets a row more, "{NORMS}", in which they
+train beside the classifier (`freeze_norm=False`), are saved, loaded on a fresh base and removed.
 
 {measured(command, seconds)}
 

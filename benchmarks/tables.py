@@ -50,7 +50,8 @@ def check_methods(args: argparse.Namespace) -> argparse.Namespace:
     Raises:
         ValueError: a method that is not known, or has no hosts to sweep over.
     """
-    check_names("--methods", args.methods, [n for n, method in cv.Method.known.items() if method.placement is not None])
+    hosted = [name for name, method in cv.Method.known.items() if method().placement is not None]
+    check_names("--methods", args.methods, hosted)
     return args
 
 
