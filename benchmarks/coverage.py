@@ -98,10 +98,10 @@ def summary(rows: Sequence[Row]) -> str:
     for name in dict.fromkeys(r.method for r in rows):
         mine = [r for r in rows if r.method == name]
         results = [r.result.partition(":")[0] for r in mine]
-        normed = sum(r.outcome is not None and r.outcome.norms > 0 for r in mine)
+        normed = sum(name == NORMS or (r.outcome is not None and r.outcome.norms > 0) for r in mine if r.result == "ok")
         counts = [results.count(word) for word in ("ok", "refused", "FAILED")]
         method, targets = setting(name) if name != NORMS else (cv.LinearProbe(), "the head; `freeze_norm=False`")
-        lines.append((f"`{method}`", targets or "its default hosts", len(mine), *counts, normed or len(mine)))
+        lines.append((f"`{method}`", targets or "its default hosts", len(mine), *counts, normed))
     columns = ("method", "targets", "families", "ok", "refused", "failed", "ok with batch norms")
     return table(columns, lines)
 

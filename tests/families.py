@@ -156,8 +156,8 @@ def chain_of_norms(model, x, path):
 
 
 def movement(adapted, plain):
-    moved = (adapted - plain).abs().max()
-    assert moved > 1e-3 * max(1, plain.abs().max()), "the delta moved nothing, so this test would prove nothing"
+    moved = (adapted - plain).abs().max()  # in float64, whose noise is 1e-12 here
+    assert moved > 1e-5 * max(1, plain.abs().max()), "the delta moved nothing, so this test would prove nothing"
     return moved
 
 
