@@ -142,7 +142,8 @@ def main(argv: Sequence[str] | None = None) -> list[Row]:
         print(row(found.cells), flush=True)
     print(f"\n{summary(rows)}")
     if args.out:
-        command = f"python -m benchmarks.coverage --methods {args.methods}"
+        some = "" if args.families == ",".join(FAMILIES) else f" --families {args.families}"
+        command = f"python -m benchmarks.coverage{some} --methods {args.methods}"
         write(args.out, document(rows, command, time.perf_counter() - start))
     return rows
 

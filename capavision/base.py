@@ -1,5 +1,6 @@
 """The timm model underneath: enough to build it again, and a fingerprint that tells it from another checkpoint."""
 
+import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -132,7 +133,8 @@ def differences(expected: Mapping[str, float], found: Mapping[str, float], toler
     close = {
         name
         for name in expected.keys() & found.keys()
-        if expected[name] == found[name]  # infinities too: gemma4's clamps are such buffers
-        or abs(expected[name] - found[name]) <= tolerance * max(abs(expected[name]), 1e-6)
+        if math.isclose(
+            expected[name], found[name], rel_tol=tolerance, abs_tol=tolerance * 1e-6
+        )  # inf is near inf alone
     }
     return sorted((expected.keys() | found.keys()) - close)
