@@ -1,5 +1,8 @@
 """Finds attentions, MLPs and blocks in a model, and q, k, v in fused projections, by looking at names and shapes."""
 
+import re
+from typing import Any
+
 from torch import Tensor, nn
 
 from capavision.delta import WeightDelta
@@ -106,10 +109,52 @@ def mlps(model: nn.Module) -> list[str]:
 
 
 def blocks(model: nn.Module) -> list[str]:
-    """The modules that own an MLP directly: transformer, mixer and ConvNeXt blocks."""
+    """The modules that own an MLP directly: transformer, mixer and ConvNeXt blocks. Without an MLP, `stacked`."""
     owners = dict.fromkeys(name.rpartition(".")[0] for name in mlps(model))
-    lists = (nn.Sequential, nn.ModuleList)
-    return [name for name in owners if name and not isinstance(model.get_submodule(name), lists)]
+    return [name for name in owners if name and not _is_list(model.get_submodule(name))] or stacked(model)
+
+
+def stacked(model: nn.Module) -> list[str]:
+    """The blocks that the model itself declares: residual blocks, cells, dense layers; in vgg the convs.
+
+    timm's group_matcher(coarse=False), made for layer-wise learning rates, says how they are called. Where it does not
+    say, the outermost modules of at least two layers, lists and Sequentials opened: torchvision's resnets, inception.
+    """
+    matcher = getattr(model, "group_matcher", None)
+    declared = matcher(coarse=False) if callable(matcher) else None
+    found = _declared(model, declared) if isinstance(declared, dict) else []
+    return found or _outermost(model)
+
+
+def _declared(model: nn.Module, matcher: dict[str, Any]) -> list[str]:
+    """The modules that a pattern of `matcher` spells out whole; the stem, and what a pattern only appends, left out."""
+    specs = [(part, spec) for part, spec in matcher.items() if spec]
+    entries = [(part, e) for part, spec in specs for e in ([(spec, None)] if isinstance(spec, str) else spec)]
+    stem = [re.compile(pattern) for part, (pattern, _) in entries if part == "stem"]
+    whole = [re.compile(pattern) for part, (pattern, appended) in entries if part != "stem" and appended is None]
+    layers = weighted(model)
+    found: list[str] = []
+    for name, _ in model.named_modules():
+        if any(p.match(f"{name}.") for p in stem) or not any(p.fullmatch(name) for p in whole):
+            continue
+        if any(layer == name or layer.startswith(f"{name}.") for layer in layers):
+            found.append(name)
+    return found
+
+
+def _outermost(model: nn.Module, prefix: str = "") -> list[str]:
+    heads = set(classifier(model).values())
+    found: list[str] = []
+    for child, module in model.get_submodule(prefix).named_children():
+        name = f"{prefix}.{child}" if prefix else child
+        if sum(is_weighted(m) for m in module.modules()) < 2 or heads.intersection(module.modules()):
+            continue
+        found += _outermost(model, name) if _is_list(module) else [name]
+    return found
+
+
+def _is_list(module: nn.Module) -> bool:
+    return isinstance(module, (nn.Sequential, nn.ModuleList, nn.ModuleDict))
 
 
 def query_value_hosts(model: nn.Module) -> dict[str, str | None]:

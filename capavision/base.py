@@ -1,5 +1,6 @@
 """The timm model underneath: enough to build it again, and a fingerprint that tells it from another checkpoint."""
 
+import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -117,7 +118,10 @@ def fingerprint(model: nn.Module, trained: Collection[str] = ()) -> dict[str, fl
     """
     own = [name for name, m in model.named_modules() if isinstance(m, Delta)] + list(classifier(model))
     prefixes = tuple(f"{name}." for name in own)
-    base = {k: v for k, v in model.state_dict().items() if not k.startswith(prefixes) and k not in trained}
+    aliases = {name for name, _ in model.named_parameters(remove_duplicate=False)}  # of a module shared by several
+    aliases -= {name for name, _ in model.named_parameters()}
+    left_out = aliases.union(trained)
+    base = {k: v for k, v in model.state_dict().items() if not k.startswith(prefixes) and k not in left_out}
     floats = {name: tensor for name, tensor in base.items() if tensor.is_floating_point()}
     return {
         name: float(f"{whole(tensor.detach()).cpu().double().norm().item():.7g}") for name, tensor in floats.items()
@@ -132,6 +136,8 @@ def differences(expected: Mapping[str, float], found: Mapping[str, float], toler
     close = {
         name
         for name in expected.keys() & found.keys()
-        if abs(expected[name] - found[name]) <= tolerance * max(abs(expected[name]), 1e-6)
+        if math.isclose(
+            expected[name], found[name], rel_tol=tolerance, abs_tol=tolerance * 1e-6
+        )  # inf is near inf alone
     }
     return sorted((expected.keys() | found.keys()) - close)

@@ -6,6 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from capavision.attention import is_weighted
+from capavision.delta import chosen
+
 
 def measure(model: nn.Module, hosts: Iterable[str], example: Tensor | None) -> dict[str, tuple[int, int, int]]:
     """Channels out and in and the channel axis of each block, seen in one forward pass without gradient.
@@ -16,8 +19,11 @@ def measure(model: nn.Module, hosts: Iterable[str], example: Tensor | None) -> d
 
     def note(name: str) -> Any:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
-            y = output[0] if isinstance(output, tuple) else output
-            x = args[0] if args and isinstance(args[0], Tensor) else y.new_empty(0)
+            x = args[0] if args else None
+            y = output[chosen(x, output)] if isinstance(output, (tuple, list)) else output
+            if not isinstance(y, Tensor):
+                raise ValueError(f"{name} returns {type(y).__name__}, to which nothing can be added; name its modules")
+            x = x if isinstance(x, Tensor) else y.new_empty(0)
             shapes[name] = (x.shape, y.shape)
 
         return hook
@@ -74,6 +80,9 @@ def _axis(block: nn.Module, name: str, y: torch.Size) -> int:
     first, last = y[1] in widths, y[-1] in widths
     if first == last:  # widths do not tell: images are square more often than channels equal a side
         first, last = y[2] == y[3], y[1] == y[2]
+    if first == last:
+        kinds = {isinstance(m, nn.Linear) for m in block.modules() if is_weighted(m)}
+        first, last = kinds == {False}, kinds == {True}
     if first == last:
         raise ValueError(
             f"{name}: cannot tell the channel axis of its output {tuple(y)}; pass an example= of another size"

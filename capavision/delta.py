@@ -7,6 +7,7 @@ dense module of their own, without masks or sharing.
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -151,6 +152,11 @@ class OutputDelta(Delta, ABC):
     @abstractmethod
     def folded(self) -> "OutputDelta":
         """The same function without masks or sharing: dense factors only."""
+
+
+def chosen(x: Any, outputs: Sequence[Any]) -> int:
+    """Which of a block's outputs is adapted: the first, but not an input that is only passed on (coat's x1)."""
+    return next((i for i, y in enumerate(outputs) if y is not x), 0)
 
 
 class AttentionDelta(Delta, ABC):

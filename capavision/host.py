@@ -23,7 +23,7 @@ How it works:
                 return Attention.forward(self, *args, **kwargs)
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from capavision.delta import AttentionDelta, Delta, OutputDelta, WeightDelta
+from capavision.delta import AttentionDelta, Delta, OutputDelta, WeightDelta, chosen
 from capavision.softmax import Prepend
 from capavision.wrappers import is_sharded
 
@@ -80,11 +80,18 @@ def _weight_body(base: type) -> dict[str, Any]:
 def _output_body(base: type) -> dict[str, Any]:
     def forward(host: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         y = base.forward(host, x, *args, **kwargs)  # type: ignore[attr-defined]
-        if isinstance(y, tuple):
-            return (y[0] + host.delta(x, y[0]), *y[1:])
-        return y + host.delta(x, y)
+        if not isinstance(y, (tuple, list)):
+            return y + host.delta(x, y)
+        at = chosen(x, y)
+        return type(y)([*y[:at], y[at] + host.delta(x, y[at]), *y[at + 1 :]])
 
+    if issubclass(base, nn.Sequential):  # its own forward iterates over it, and must not meet the delta there
+        return {"forward": forward, "__iter__": _links, "__len__": lambda host: sum(1 for _ in host)}
     return {"forward": forward}
+
+
+def _links(host: Any) -> Iterator[nn.Module]:
+    return (module for name, module in host._modules.items() if name != SLOT)
 
 
 def _prefixed_body(base: type) -> dict[str, Any]:

@@ -91,12 +91,17 @@ def _suggest(pattern: str, modules: dict[str, nn.Module]) -> str:
 
 
 def refuse_taken(model: nn.Module, name: str) -> None:
-    """Raise ValueError if the module `name` cannot take a delta: it has one, or an attribute of that name."""
+    """Raise ValueError if the module `name` cannot take a delta: one of its own, an attribute of that name, a list."""
     host = model.get_submodule(name)
     if hosting.is_swapped(host):
         raise ValueError(
             f"{name} already carries a delta; capavision.remove(model) takes the deltas out, capavision.fold(model) "
             "writes them into the weights"
+        )
+    if isinstance(host, (nn.ModuleList, nn.ModuleDict)):
+        raise ValueError(
+            f"{name} ({type(host).__name__}) is a list of modules and would take a delta for one of them; name the "
+            "modules in it, or the one around it"
         )
     if hasattr(host, hosting.SLOT):
         raise ValueError(f"{name} ({type(host).__name__}) has an attribute named {hosting.SLOT!r} of its own")

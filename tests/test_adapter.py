@@ -1,6 +1,7 @@
 """Adapters against a slow reference: a loop over branches, the non-linearity inside each, b_U outside the sum."""
 
 import math
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -317,18 +318,18 @@ def test_without_an_example_the_model_tells_its_input_size(vit):
 
 
 class Square(nn.Module):
-    """A block whose 8 channels look like its sides of 8 pixels."""
+    """A block whose 8 channels look like its sides of 8 pixels, and whose layers speak for either axis."""
 
     def __init__(self):
         super().__init__()
-        self.body = nn.Conv2d(8, 8, 3, padding=1)
+        self.conv, self.linear = nn.Conv2d(8, 8, 3, padding=1), nn.Linear(8, 8)
 
     def forward(self, x):
-        return self.body(x)
+        return self.linear(self.conv(x).movedim(1, -1)).movedim(-1, 1)
 
 
 def test_an_axis_that_cannot_be_told_is_refused_until_an_example_tells():
-    model = Square()
+    model = nn.Sequential(OrderedDict(body=Square()))
     before = snapshot(model)
     with pytest.raises(
         ValueError, match=r"body: cannot tell the channel axis of its output \(1, 8, 8, 8\); pass an example="
@@ -337,6 +338,48 @@ def test_an_axis_that_cannot_be_told_is_refused_until_an_example_tells():
     assert_unchanged(model, before)
     assert cv.inject(model, cv.Adapter(rank=2), "body", example=torch.zeros(1, 8, 6, 6)).trained == 2 * 17 + 8
     assert injections(model)[0].axes == {"body": (8, 8, 1)}
+
+
+@pytest.mark.parametrize(("layer", "axis"), [(nn.Conv2d(8, 8, 3, padding=1), 1), (nn.Linear(8, 8), -1)])
+def test_where_sizes_do_not_tell_the_axis_the_layers_do(layer, axis):
+    """256 pixels make 64 channels of 64 x 64 in the first stage of a resnet."""
+    model = nn.Sequential(layer, nn.ReLU())
+    cv.inject(model, cv.Adapter(rank=2), "0", example=torch.zeros(1, 8, 8, 8))
+    assert injections(model)[0].axes == {"0": (8, 8, axis)}
+
+
+def test_a_sequential_is_a_block_and_does_not_run_its_own_adapter():
+    model = nn.Sequential(nn.Sequential(nn.Linear(6, 4), nn.Tanh()), nn.Linear(4, 2))
+    plain, x = twin(model), torch.randn(3, 6)
+    cv.inject(model, cv.Adapter(rank=2), "0", example=x)
+    awaken(model[0].delta)
+    y = plain[0](x)
+    assert_moved(model[0](x), y)
+    torch.testing.assert_close(model[0](x), y + model[0].delta(x, y))
+    assert [type(m) for m in model[0]] == [nn.Linear, nn.Tanh]
+    assert len(model[0]) == 2
+    assert model[0][-1] is list(model[0])[-1]
+    assert torch.equal(twin(model)(x), model(x))
+    cv.remove(model)
+    assert torch.equal(model(x), plain(x))
+
+
+class Dictionary(nn.ModuleDict):
+    def forward(self, x):
+        for layer in self.values():
+            x = layer(x)
+        return x
+
+
+def test_a_dict_of_modules_is_refused_for_it_would_run_its_adapter():
+    model = nn.Sequential(Dictionary({"a": nn.Linear(6, 6)}))
+    before = snapshot(model)
+    with pytest.raises(
+        ValueError, match=r"0 \(Dictionary\) is a list of modules .* name the modules in it, or the one"
+    ):
+        cv.inject(model, cv.Adapter(rank=2), "0", example=torch.zeros(3, 6))
+    assert_unchanged(model, before)
+    assert cv.inject(model, cv.Adapter(rank=2), "a", example=torch.zeros(3, 6)).hosts == ("0.a",)
 
 
 class Tupled(nn.Module):
@@ -368,6 +411,49 @@ def test_a_block_that_returns_a_tuple_keeps_its_other_outputs():
     assert rest == "attention map"
     assert_moved(y, plain)
     torch.testing.assert_close(y, plain + model.body.delta(x, plain))
+
+
+class Passing(nn.Module):
+    """A block that returns its first input as it came, as coat's parallel blocks do, and the second one changed."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.proj, self.kind = nn.Linear(6, 6), kind
+
+    def forward(self, x, z):
+        return self.kind([x, self.proj(z)])
+
+
+class Streams(nn.Module):
+    def __init__(self, kind):
+        super().__init__()
+        self.body = Passing(kind)
+
+    def forward(self, x):
+        return self.body(x, 2 * x)[-1]
+
+
+@pytest.mark.parametrize("kind", [tuple, list])
+def test_an_input_that_is_only_passed_on_is_not_the_output_adapted(kind):
+    model, x = Streams(kind), torch.randn(3, 6)
+    plain = model(x)
+    cv.inject(model, cv.Adapter(rank=2), "body", example=x)
+    awaken(model.body.delta)
+    passed, adapted = returned = model.body(x, 2 * x)
+    assert type(returned) is kind
+    assert passed is x
+    assert_moved(adapted, plain)
+    torch.testing.assert_close(adapted, plain + model.body.delta(None, plain))
+    assert torch.equal(model(x), adapted)
+
+
+def test_a_block_that_returns_no_tensor_is_refused():
+    model = Streams(dict.fromkeys)
+    model.forward = lambda x: model.body(x, x)
+    before = snapshot(model)
+    with pytest.raises(ValueError, match="body returns dict, to which nothing can be added; name its modules"):
+        cv.inject(model, cv.Adapter(rank=2), "body", example=torch.zeros(3, 6))
+    assert_unchanged(model, before)
 
 
 def test_measuring_leaves_modes_and_hooks_alone(vit):

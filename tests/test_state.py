@@ -598,3 +598,32 @@ def test_a_copied_model_is_saved_alike(tmp_path):
     model = adapted(tiny_vit())
     first = written(tmp_path / "a.safetensors", model).read_bytes()
     assert written(tmp_path / "b.safetensors", copy.deepcopy(model)).read_bytes() == first
+
+
+class Sharing(nn.Module):
+    """One Linear under two names, as coat's position encodings, and a buffer of infinity, as gemma4's clamps."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.head = nn.Linear(6, 6), nn.Linear(6, 2)
+        self.again = nn.ModuleList([self.first])
+        self.register_buffer("limit", torch.tensor(float("inf")))
+
+    def forward(self, x):
+        return self.head(self.again[0](self.first(x)).clamp(max=self.limit))
+
+
+def test_a_module_of_two_names_and_an_infinite_buffer_are_no_other_base(tmp_path):
+    model = Sharing()
+    fresh, x = copy.deepcopy(model), torch.randn(3, 6)
+    cv.inject(model, cv.LoRA(rank=2), "first")
+    expected = outputs(awaken_deltas(model), x)
+    assert_moved(expected, outputs(fresh, x))
+    cv.save(model, tmp_path / "it.safetensors")
+    assert torch.equal(outputs(cv.load(tmp_path / "it.safetensors", fresh), x), expected)
+    with pytest.raises(ValueError, match="other base weights: 2 of 3 tensors differ, first first.bias"):
+        cv.load(tmp_path / "it.safetensors", Sharing())
+    finite = cv.remove(fresh)
+    finite.limit.fill_(3.0)
+    with pytest.raises(ValueError, match="other base weights: 1 of 3 tensors differ, first limit"):
+        cv.load(tmp_path / "it.safetensors", finite)

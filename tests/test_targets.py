@@ -399,7 +399,7 @@ def test_a_linear_probe_of_a_model_without_head_is_refused():
         ("test_convnext", None, "stages.0.blocks.0.mlp", "stages.0.blocks.0"),
         ("swin_tiny_patch4_window7_224", "layers.0.blocks.0.attn", "layers.0.blocks.0.mlp", "layers.0.blocks.0"),
         ("mixer_s32_224", None, "blocks.0.mlp_channels", "blocks.0"),
-        ("test_resnet", None, None, None),
+        ("test_resnet", None, None, "layer1.0"),
     ],
 )
 def test_structures_are_found_by_name_and_class(name, attention, mlp, block):
@@ -407,6 +407,40 @@ def test_structures_are_found_by_name_and_class(name, attention, mlp, block):
     for found, expected in ((attentions(model), attention), (mlps(model), mlp), (blocks(model), block)):
         assert found[:1] == ([expected] if expected else [])
         assert len(found) == len(set(found))
+
+
+def meta(name):
+    with torch.device("meta"):
+        return create(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "first", "last", "count"),
+    [
+        ("resnet18", "layer1.0", "layer4.1", 8),
+        ("regnetx_002", "s1.b1", "s4.b7", 13),  # its stages are no lists
+        ("hgnetv2_b0", "stages.0.blocks.0", "stages.3.blocks.0", 5),  # downsampling convs stand beside the blocks
+        ("dpn48b", "features.conv2_1", "features.conv5_3", 16),  # features.conv1_1 is the stem
+        ("xception41p", "blocks.0", "blocks.12", 13),
+        ("vgg11", "features.3", "features.18", 7),  # convs; its ReLUs and poolings have the same kind of name
+        ("efficientvit_b0", "stages.0.blocks.0", "stages.3.blocks.2", 10),
+        ("fasternet_t0", "stages.0.blocks.0", "stages.3.blocks.1", 13),  # MLPs, but in a Sequential each
+        ("inception_v3", "Mixed_5b", "Mixed_7c", 11),  # its group_matcher is a function
+    ],
+)
+def test_without_an_mlp_the_blocks_are_those_the_model_declares(name, first, last, count):
+    found = blocks(meta(name))
+    assert (found[0], found[-1], len(found)) == (first, last, count)
+    assert not any(a.startswith(f"{b}.") for a in found for b in found)
+
+
+def test_without_a_declaration_the_blocks_are_the_outermost_modules_of_several_layers():
+    from torchvision.models import resnet18
+
+    with torch.device("meta"):
+        model = resnet18()
+    assert blocks(model) == [f"layer{stage}.{block}" for stage in (1, 2, 3, 4) for block in (0, 1)]
+    assert blocks(nn.Sequential(nn.Linear(3, 3), nn.Sequential(nn.ReLU(), nn.Linear(3, 3)))) == []
 
 
 # Where q, k and v lie ------------------------------------------------------------------------------------------------

@@ -1,0 +1,62 @@
+"""What the sweeps share: the choice of methods, markdown tables, where and when they were measured."""
+
+import argparse
+import datetime
+from collections.abc import Collection, Iterable, Sequence
+
+import torch
+
+import capavision as cv
+from capavision.targets import near
+from vtab.record import environment
+
+METHODS = ("lora", "adapter", "circulant")  # one of each kind: low rank, on blocks, structured
+
+
+def row(cells: Iterable[object]) -> str:
+    """One line of a table; a bar inside a cell is escaped."""
+    return "| " + " | ".join(str(cell).replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
+
+
+def table(columns: Sequence[str], rows: Iterable[Iterable[object]]) -> str:
+    """
+    >>> print(table(("family", "hosts"), [("beit", 12)]))
+    | family | hosts |
+    | --- | --- |
+    | beit | 12 |
+    """
+    return "\n".join([row(columns), row(["---"] * len(columns)), *map(row, rows)])
+
+
+def measured(command: str, seconds: float) -> str:
+    """Date, machine, versions, and the command that does it again."""
+    env = environment(torch.device("cpu"))
+    versions = ", ".join(f"{name} {env[name]}" for name in ("python", "torch", "timm", "capavision"))
+    return (
+        f"`{command}`, {datetime.date.today():%d %B %Y}: {seconds / 60:.0f} minutes on {env['threads']} thread of a "
+        f"{env['device']}; {versions}, commit {env['commit']}."
+    )
+
+
+def add_methods(parser: argparse.ArgumentParser) -> None:
+    """--methods, a list with commas."""
+    default = ",".join(name for name in METHODS if name in cv.Method.known)
+    parser.add_argument("--methods", default=default, metavar="A,B", help=f"which of them (default: {default})")
+
+
+def check_methods(args: argparse.Namespace) -> argparse.Namespace:
+    """The same arguments, their methods known and with hosts.
+
+    Raises:
+        ValueError: a method that is not known, or has no hosts to sweep over.
+    """
+    hosted = [name for name, method in cv.Method.known.items() if method().placement is not None]
+    check_names("--methods", args.methods, hosted)
+    return args
+
+
+def check_names(flag: str, given: str, known: Collection[str]) -> None:
+    """Raise ValueError for a name in the list `given` that is not known."""
+    for name in given.split(","):
+        if name not in known:
+            raise ValueError(f"{flag}: {name!r} is unknown; {near(name, known)}")

@@ -1,0 +1,248 @@
+"""One small model of each of timm's 98 families, and the chain of promises that every method keeps in each of them.
+
+Random weights; silent parameters are awakened and batch norms calibrated first, so that zero heads, layer scales of
+1e-5 and vanishing signals hide nothing. In float64, where a fold is exact but for rounding.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+import capavision as cv
+from capavision.attention import classifier
+from capavision.delta import Rows
+from capavision.host import is_batch_norm
+from tests.conftest import awaken, create, images, outputs, seeded, snapshot, twin
+
+FAMILIES = json.loads((Path(__file__).parent / "timm_families.json").read_text())
+# The side of the input in pixels, 64 where none is given.
+SIZES = {
+    **dict.fromkeys(("inception_resnet_v2", "inception_v3", "inception_v4"), 80),
+    **{"byoanet": 256, "deepseek_vit": 56, "efficientformer": 224, "iformer": 128, "levit": 224},
+    **{"mambaout": 96, "maxxvit": 160},
+}
+# Built for 64 pixels too, where the architecture is told its input size.
+SIZED = (
+    "beit", "cait", "coat", "convit", "deit", "efficientformer_v2", "gcvit", "hiera", "mlp_mixer", "nest", "pit",
+    "swin_transformer", "swin_transformer_v2", "swin_transformer_v2_cr", "tnt", "vision_transformer",
+    "vision_transformer_hybrid", "vision_transformer_relpos", "visformer", "vitamin", "volo",
+)  # fmt: skip
+# And the large ones, cut down.
+SMALL = {"embed_dim": 192, "num_heads": 3, "depth": 2}
+KWARGS = {
+    **{family: {"img_size": 64} for family in SIZED},
+    **dict.fromkeys(("deepseek_vit", "gemma4_vit", "naflexvit", "qwen3_vit", "vision_transformer_sam"), SMALL),
+    "beit": {"img_size": 64, **SMALL},
+    "davit": {"embed_dims": (48, 96, 192, 384)},
+    **{f"swin_transformer{version}": {"img_size": 64, "embed_dim": 48} for version in ("", "_v2", "_v2_cr")},
+    "hiera": {"img_size": 64, "embed_dim": 48},
+    "hieradet_sam2": {"embed_dim": 48},
+    "mobilenetv5": {"channel_multiplier": 0.5},
+    "nasnet": {"num_features": 672, "stem_size": 16},
+    "res2net": {"layers": (2, 1, 1, 2)},
+    "sequencer": {"embed_dims": (48, 96, 96, 96)},
+    "tresnet": {"width_factor": 0.5},
+    "twins": {"embed_dims": (32, 64, 128, 256)},
+    "vgg": {"mlp_ratio": 1 / 16},
+}
+
+
+def calibrated(model, x):
+    """Running statistics of batch norms as of `x`, or the signal dies away in a deep net of random weights."""
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    if norms:
+        usual = {norm: norm.momentum for norm in norms}
+        for norm in norms:
+            norm.momentum = None  # the mean of all batches seen, that is of this one
+        with torch.no_grad():
+            seeded(lambda: model.train()(x))
+        for norm in norms:
+            norm.momentum = usual[norm]
+    return model.eval()
+
+
+def family_model(family):
+    size = SIZES.get(family, 64)
+    x = images(size, 1 if size == 256 else 2).double()
+    model = awaken(create(FAMILIES[family], **KWARGS.get(family, {}))).double()
+    for module in model.modules():
+        if hasattr(module, "drop_prob"):
+            module.drop_prob = 0.0  # a block that is skipped by chance gets no gradient
+    return calibrated(model, x), x
+
+
+def gradients(model, x):
+    """The output in eval mode, and the gradient of a random projection of it; by parameter name."""
+    model.zero_grad()
+    model.train()  # clears what some models cache in eval
+    y = model.eval()(x)
+    (y * seeded(lambda: torch.randn(y.shape, dtype=y.dtype))).sum().backward()
+    model.train().eval()
+    return y.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def layers(model):
+    """Every Linear and Conv outside of the classifier, by their classes alone."""
+    heads = model.get_classifier()
+    heads = heads if isinstance(heads, (tuple, list)) else [heads]
+    inside = {part for head in heads for part in head.modules()}
+    kinds = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    return {name: m for name, m in model.named_modules() if isinstance(m, kinds) and m not in inside}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What the chain saw: hosts, their trained values, hosts whose own weights get no gradient either, batch norms."""
+
+    hosts: int
+    values: int
+    unused: int
+    norms: int
+
+
+class RefusedError(ValueError):
+    """What `inject` said."""
+
+
+def chain(model, x, method, targets, path):
+    """Inject, one training step, save, load on a fresh base, remove, fold; an AssertionError where a promise breaks.
+
+    `model` is the plain base and comes back as such, its classifier trained; `path` is the file to write.
+    """
+    fresh, before = twin(model), snapshot(model)
+    norms = sum(map(is_batch_norm, model.modules()))
+    cv.inject(model, cv.LinearProbe())
+    frozen = outputs(model, x)  # torch may choose another kernel for a frozen weight, and its last bit may differ
+    cv.remove(model)
+    try:
+        report = cv.inject(model, method, targets, example=x)
+    except ValueError as error:
+        raise RefusedError(*error.args) from error
+    assert torch.equal(outputs(model, x), frozen), "the start is not the plain model"
+
+    step(model, x)
+    adapted, found = outputs(model, x), gradients(model, x)[1]
+    cv.save(model, path)
+    cv.load(path, fresh)
+    assert torch.equal(outputs(fresh, x), adapted), "another output after save and load"
+
+    cv.remove(model)
+    check_removed(model, before)
+    moved = movement(adapted, outputs(model, x))  # by the deltas alone: `model` keeps the trained classifier
+    check = check_blocks if method.placement is cv.OutputDelta else check_weights
+    unused = check(fresh, x, report.hosts, found)
+    assert (outputs(fresh, x) - adapted).abs().max() < 1e-6 * moved, "another output after fold"
+    return Outcome(len(report.hosts), report.trained, unused, norms)
+
+
+def chain_of_norms(model, x, path):
+    """Batch norms left to train beside the classifier: save, load on a fresh base, remove."""
+    fresh, before = twin(model), snapshot(model)
+    cv.inject(model, cv.LinearProbe(), freeze_norm=False)
+    step(model, x)
+    trained = outputs(model, x)
+    assert any(
+        not torch.equal(value, before["values"][name])
+        for name, value in model.state_dict().items()
+        if name.endswith("running_mean")
+    ), "no statistic moved, so this test would prove nothing"
+    cv.save(model, path)
+    assert torch.equal(outputs(cv.load(path, fresh), x), trained), "another output after save and load"
+    cv.remove(model)
+    check_removed(model, before)
+
+
+def movement(adapted, plain):
+    moved = (adapted - plain).abs().max()  # in float64, whose noise is 1e-12 here
+    assert moved > 1e-5 * max(1, plain.abs().max()), "the delta moved nothing, so this test would prove nothing"
+    return moved
+
+
+def step(model, x):
+    """One step of training in train() mode; every trained parameter that got a gradient got a finite one."""
+    trained = cv.parameters(model)
+    optimizer = torch.optim.AdamW(trained, lr=5e-2)  # one step that shows
+    y = seeded(lambda: model.train()(x))
+    (y * seeded(lambda: torch.randn(y.shape, dtype=y.dtype))).sum().backward()
+    grads = [p.grad for p in trained if p.grad is not None]
+    assert grads, "no delta got a gradient"
+    assert all(g.isfinite().all() for g in grads), "a gradient is not finite"
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def silent(gradient):
+    return gradient is None or not gradient.any()
+
+
+def check_weights(model, x, hosts, found):
+    """Fold, per layer W + ΔW, and the deltas' gradients: those of the folded weights, carried on by the chain rule.
+
+    Returns the number of hosts whose own weight gets no gradient, and whose delta gets none for that reason.
+    """
+    modules = {name: model.get_submodule(name) for name in hosts}
+    bases = {name: host._parameters["weight"].detach() for name, host in modules.items()}
+    deltas = {name: (host.delta, host.delta.weight()) for name, host in modules.items()}
+    cv.fold(model)
+    weights = gradients(model, x)[1]
+    unused = 0
+    for name, (delta, product) in deltas.items():
+        folded = modules[name].weight
+        assert torch.equal(folded, bases[name] + product.view_as(folded)), f"{name}: the folded weight is not W + ΔW"
+        gradient = weights.get(f"{name}.weight")
+        unused += silent(gradient)
+        gradient = torch.zeros_like(product) if gradient is None else gradient.view_as(product)
+        parameters = dict(delta.named_parameters())
+        expected = torch.autograd.grad(product, list(parameters.values()), gradient, materialize_grads=True)
+        for part, reference in zip(parameters, expected, strict=True):
+            rows = slice(*delta.rows[part.split(".")[1]]) if isinstance(delta, Rows) else slice(None)
+            assert silent(gradient[rows]) or not silent(reference), f"{name}.delta.{part} is dead"
+            ours = found.get(f"{name}.delta.{part}", torch.zeros_like(reference))
+            wrong = (ours - reference).abs().max() > 1e-5 * reference.abs().max()
+            assert not wrong, f"{name}.delta.{part} has another gradient than the chain rule gives"
+    return unused
+
+
+def check_blocks(model, x, hosts, found):
+    """Fold, per block the dense bottleneck against the masked one; the hosts whose own weights get no gradient."""
+    modules = {name: model.get_submodule(name) for name in hosts}
+    masked = {name: host.delta for name, host in modules.items()}
+    seen = arguments(model, x, masked)
+    cv.fold(model)
+    own = gradients(model, x)[1]
+    unused = 0
+    for name, delta in masked.items():
+        with torch.no_grad():
+            before, after = delta(*seen[name]), modules[name].delta(*seen[name])
+        assert (before - after).abs().max() <= 1e-9 * before.abs().max(), f"{name}: the folded adapter is another one"
+        inside = [g for key, g in own.items() if key.startswith(f"{name}.") and ".delta." not in key]
+        used = not all(map(silent, inside))
+        unused += not used
+        for part, _ in delta.named_parameters():
+            assert not used or not silent(found.get(f"{name}.delta.{part}")), f"{name}.delta.{part} is dead"
+    return unused
+
+
+def arguments(model, x, deltas):
+    """What each delta is called with in one forward pass."""
+    seen = {}
+    hooks = [
+        delta.register_forward_pre_hook(lambda _, args, name=name: seen.update({name: args}))
+        for name, delta in deltas.items()
+    ]
+    outputs(model, x)
+    for hook in hooks:
+        hook.remove()
+    return seen
+
+
+def check_removed(model, before):
+    """Every bit, class, flag and attribute of the base is as it was; the classifier alone keeps what it learned."""
+    after, heads = snapshot(model), tuple(f"{name}." for name in classifier(model))
+    for name, value in before["values"].items():
+        assert name.startswith(heads) or torch.equal(value, after["values"][name]), f"{name} changed for good"
+    for what in before.keys() - {"values"}:
+        assert before[what] == after[what], f"remove left other {what}"

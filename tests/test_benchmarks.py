@@ -1,0 +1,132 @@
+"""The sweeps over timm: what they report where a promise holds, where it is refused and where it is broken."""
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import nn
+
+import capavision as cv
+from benchmarks import architectures, coverage
+
+
+def results(rows):
+    return {(row.family, row.method): row.result for row in rows}
+
+
+def test_the_coverage_of_two_families_and_its_document(tmp_path, capsys):
+    out = tmp_path / "coverage.md"
+    rows = coverage.main(["--families", "resnet,vision_transformer", "--methods", "lora,adapter", "--out", str(out)])
+    assert all(row.result == "ok" for row in rows)
+    assert [(row.family, row.method) for row in rows] == [
+        ("resnet", "lora"),
+        ("resnet", "adapter"),
+        ("resnet", "batch norms"),
+        ("vision_transformer", "lora"),
+        ("vision_transformer", "adapter"),
+    ]
+    printed, written = capsys.readouterr().out, out.read_text()
+    for row in rows:
+        assert " | ".join(map(str, row.cells)) in written
+        assert " | ".join(map(str, row.cells)) in printed
+    assert f"torch {torch.__version__}" in written
+    assert "python -m benchmarks.coverage --families resnet,vision_transformer --methods lora,adapter" in written
+
+
+def test_what_inject_refuses_is_a_row_with_its_sentence(monkeypatch):
+    monkeypatch.setitem(coverage.SETTINGS, "adapter", (cv.Adapter(where="parallel"), None))
+    (row,) = coverage.main(["--families", "starnet", "--methods", "adapter"])[:1]
+    assert row.result.startswith("refused: StarNet has no default host for Adapter")
+    assert row.outcome is None
+
+
+class Outer(cv.WeightDelta):
+    """ΔW = u vᵀ, but for one fault."""
+
+    factored = True
+
+    def __init__(self, fault, site):
+        super().__init__()
+        self.fault = fault
+        self.u = nn.Parameter(site.zeros(site.n_out) + 0.1 * (fault == "start"))
+        self.v = nn.Parameter(site.zeros(site.n_in) + 0.1)
+
+    def weight(self):
+        if self.fault == "dead":
+            return torch.outer(self.u, self.v.detach())
+        return torch.outer(self.u, self.v) * (self.fault != "still")
+
+    def forward(self, x):
+        return super().forward(x) * (2 if self.fault == "forward" else 1)
+
+
+@pytest.mark.parametrize(
+    ("fault", "says"),
+    [
+        ("", "ok"),
+        ("start", "the start is not the plain model"),
+        ("still", "the delta moved nothing"),
+        ("dead", "delta.v is dead"),
+        ("forward", "has another gradient than the chain rule gives"),
+    ],
+)
+def test_a_broken_promise_is_told(monkeypatch, fault, says):
+    monkeypatch.setattr(cv.Method, "known", dict(cv.Method.known))
+
+    @dataclass(frozen=True)
+    class Broken(cv.Method):
+        fault: str
+        name = "broken"
+        placement = cv.WeightDelta
+
+        def build(self, site):
+            return Outer(self.fault, site)
+
+    result, outcome = coverage.attempt("vision_transformer", Broken(fault), "qkv")
+    assert says in result
+    assert result.startswith("FAILED: ") == bool(fault)
+    assert (outcome is None) == bool(fault)
+
+
+@pytest.mark.parametrize("command", [coverage.main, architectures.main])
+@pytest.mark.parametrize(
+    ("argv", "match"),
+    [
+        (["--methods", "lorra"], "--methods: 'lorra' is unknown; did you mean 'lora'"),
+        (["--methods", "linear_probe"], "--methods: 'linear_probe' is unknown"),
+        (["--families", "resnets"], "resnets"),
+        (["--limit", "many"], "many"),
+    ],
+)
+def test_flags_that_cannot_be_served_are_refused(command, argv, match):
+    with pytest.raises(ValueError, match=match):
+        command(argv)
+
+
+def test_architectures_are_counted_on_the_meta_device(tmp_path, capsys):
+    out = tmp_path / "architectures.md"
+    rows = architectures.main(["--limit", "2", "--methods", "lora,adapter", "--out", str(out)])
+    assert [(row.architecture, row.family, row.method, row.result, row.hosts) for row in rows[:2]] == [
+        ("beit_base_patch16_224", "beit", "lora", "ok", 12),
+        ("beit_base_patch16_224", "beit", "adapter", "ok", 12),
+    ]
+    assert rows[0].trained == 12 * 2 * 8 * (768 + 768)
+    assert rows[1].trained == 12 * (32 * (768 + 768 + 1) + 768)
+    assert "| beit | lora | 2 | 2 |" in out.read_text()
+    assert "architectures" in capsys.readouterr().out
+
+
+def test_every_architecture_of_timm_is_in_the_sweep():
+    import timm
+
+    assert architectures.architectures().keys() == set(timm.list_models())
+
+
+def test_what_fails_in_one_architecture_is_its_row(monkeypatch):
+    def fail(model, method):
+        raise RuntimeError("no such luck")
+
+    monkeypatch.setattr(cv, "inject", fail)
+    rows = architectures.main(["--limit", "1", "--methods", "lora"])
+    assert [row.result for row in rows] == ["FAILED: RuntimeError: no such luck"]
+    assert "no such luck" in architectures.troubles(rows)
