@@ -15,6 +15,7 @@ from capavision.methods.adapter import Adapter
 from capavision.methods.linear_probe import LinearProbe
 from capavision.methods.lora import LoRA
 from capavision.state import describe, fold, load, remove, save
+from capavision.tying import Tying, tie
 from capavision.version import __version__ as __version__
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "OutputDelta",
     "Report",
     "Site",
+    "Tying",
     "WeightDelta",
     "describe",
     "fold",
@@ -35,4 +37,5 @@ __all__ = [
     "parameters",
     "remove",
     "save",
+    "tie",
 ]

@@ -11,6 +11,7 @@ from capavision.attention import classifier, weight_of
 from capavision.channels import measure
 from capavision.delta import Delta, Method, OutputDelta, Rows, Site, WeightDelta
 from capavision.targets import Parts, Spans, Targets, choose
+from capavision.tying import tied
 
 RECORD = "_capavision"  # the model's attribute that lists its injections
 
@@ -108,7 +109,7 @@ def inject(
 
     Raises:
         ValueError: targets that match nothing or nothing adaptable, a host that carries a delta already, unknown
-            parts, sizes the method cannot serve. The model is left as it was.
+            parts, sizes the method cannot serve, a tied model. The model is left as it was.
 
     >>> import timm
     >>> model = timm.create_model("vit_tiny_patch16_224", num_classes=10)
@@ -118,6 +119,8 @@ def inject(
     """
     if not isinstance(method, Method):
         raise TypeError(f"method must be a capavision method such as LoRA(rank=8), not {method!r}")
+    if tied(model):
+        raise ValueError("the model is tied, and a tied model trains all of itself; capavision.fold(model) first")
     hosts = choose(model, method, targets, parts)
     placed = measure(model, hosts, example) if method.placement is OutputDelta else {}
     head = tuple(n for n in classifier(model) if n not in hosts)
