@@ -69,7 +69,7 @@ class Settings:
 
     tasks: str = "digits,dsprites_loc"
     stage: str = "final"
-    epochs: int = 30
+    epochs: int = 24
     seeds: int = 2
     limit: int | None = None
     test_limit: int = 2000

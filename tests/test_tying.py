@@ -106,7 +106,7 @@ def test_the_equation_written_out_as_a_loop():
 
 
 @each_stack
-@each_masks
+@pytest.mark.parametrize("masks", [MASKS["no masks"], MASKS["random"]], ids=["no masks", "random"])
 def test_the_gradient_is_the_sum_over_depths_of_the_masked_gradients(stack, masks):
     plain, model = reference(stack, masks)
     plain, model, x = plain.double().eval(), model.double().eval(), images(stack.size).double()
@@ -277,6 +277,18 @@ def test_fold_gives_a_plain_model_that_computes_the_same(stack, masks):
     plain.load_state_dict(model.state_dict())
     assert torch.equal(outputs(plain, x), expected)
     assert tied(model) == []
+
+
+def test_a_tied_models_file_exports_to_onnx(tmp_path):
+    from export.package import Source
+    from export.package import build as build_package
+
+    model = awaken(create("test_vit", num_classes=2))
+    cv.tie(model, density=0.5)
+    preprocessing = {"size": 160, "mean": [0.5] * 3, "std": [0.5] * 3, "resize": "squash, bicubic"}
+    cv.save(model, tmp_path / "it.safetensors", classes=["a", "b"], info={"preprocessing": preprocessing})
+    manifest = build_package(Source.open(tmp_path / "it.safetensors"), tmp_path / "package")
+    assert max(manifest["parity"]["relative_error"].values()) < 1e-5
 
 
 def test_a_folded_model_takes_lora():
