@@ -9,25 +9,40 @@
 
 from capavision import methods as methods
 from capavision.base import Base
-from capavision.delta import Delta, Method, OutputDelta, Site, WeightDelta
+from capavision.delta import AttentionDelta, Delta, Method, OutputDelta, Site, WeightDelta
 from capavision.inject import Report, inject, parameters
 from capavision.methods.adapter import Adapter
+from capavision.methods.bitfit import BitFit
+from capavision.methods.circulant import Circulant
+from capavision.methods.full import Full
+from capavision.methods.kronecker import Kronecker
+from capavision.methods.ldr import LDR
 from capavision.methods.linear_probe import LinearProbe
 from capavision.methods.lora import LoRA
+from capavision.methods.prefix import Prefix
+from capavision.methods.toeplitz import Toeplitz
 from capavision.state import describe, fold, load, remove, save
 from capavision.tying import Tying, tie
 from capavision.version import __version__ as __version__
 
 __all__ = [
+    "LDR",
     "Adapter",
+    "AttentionDelta",
     "Base",
+    "BitFit",
+    "Circulant",
     "Delta",
+    "Full",
+    "Kronecker",
     "LinearProbe",
     "LoRA",
     "Method",
     "OutputDelta",
+    "Prefix",
     "Report",
     "Site",
+    "Toeplitz",
     "Tying",
     "WeightDelta",
     "describe",

@@ -39,6 +39,12 @@ def classifier(model: nn.Module) -> dict[str, nn.Module]:
     return {names[m]: m for m in found if m in names and any(True for _ in m.parameters())}
 
 
+def outside_head(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Every floating-point parameter of `model` but those of its classifier, by name; a shared one once."""
+    head = {id(p) for module in classifier(model).values() for p in module.parameters()}
+    return {name: p for name, p in model.named_parameters() if id(p) not in head and p.is_floating_point()}
+
+
 def weighted(model: nn.Module) -> dict[str, nn.Module]:
     """Every Linear and Conv of `model` but those of its classifier, by qualified name."""
     head = {part for module in classifier(model).values() for part in module.modules()}

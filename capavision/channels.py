@@ -23,19 +23,26 @@ def measure(model: nn.Module, hosts: Iterable[str], example: Tensor | None) -> d
         return hook
 
     hooks = [model.get_submodule(name).register_forward_hook(note(name)) for name in hosts]
+    try:
+        run_once(model, example)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    unseen = [name for name in hosts if name not in shapes]
+    if unseen:
+        raise ValueError(f"{unseen[0]} did not run in the model's forward pass, so an adapter there would be dead")
+    return {name: _channels(model, name, *shapes[name]) for name in hosts}
+
+
+def run_once(model: nn.Module, example: Tensor | None) -> None:
+    """One forward pass in eval mode without gradient, on `example` or zeros; the modes are then as they were."""
     modes = {module: module.training for module in model.modules()}
     try:
         with torch.no_grad():
             model.eval()(_example(model) if example is None else example)
     finally:
-        for hook in hooks:
-            hook.remove()
         for module, mode in modes.items():
             module.training = mode
-    unseen = [name for name in hosts if name not in shapes]
-    if unseen:
-        raise ValueError(f"{unseen[0]} did not run in the model's forward pass, so an adapter there would be dead")
-    return {name: _channels(model, name, *shapes[name]) for name in hosts}
 
 
 def _example(model: nn.Module) -> Tensor:

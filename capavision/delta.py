@@ -1,7 +1,8 @@
 """What a method builds: a Delta, the trained addition to one host.
 
-Two placements. A WeightDelta is added to a weight, y = (W + ΔW) x, and folds into it. An OutputDelta is added to what
-a block returns, y + Δ(x, y), and folds into a smaller module of its own.
+Three placements. A WeightDelta is added to a weight, y = (W + ΔW) x, and folds into it. An OutputDelta is added to
+what a block returns, y + Δ(x, y); an AttentionDelta is more keys and values inside an attention. These two fold into a
+dense module of their own, without masks or sharing.
 """
 
 import math
@@ -23,8 +24,9 @@ class Site:
 
     name:  the host's qualified name, followed by ":part" where the delta serves some rows of it only.
     n_out, n_in: rows and columns of ΔW (a conv's kernel counts as columns); for a block the channels of y and of x,
-           0 for an x that does not match y place by place.
+           0 for an x that does not match y place by place; for an attention the widths of v and k, all heads'.
     axis:  the channel axis of a block's output, 1 or -1.
+    heads: of an attention's keys.
     like:  a tensor with the device and dtype to build on.
     """
 
@@ -34,6 +36,7 @@ class Site:
     seed: int
     like: Tensor
     axis: int = -1
+    heads: int = 1
 
     def key(self, factor: str) -> str:
         """The key of this site's random draws for one factor; independent of every other site."""
@@ -54,18 +57,23 @@ class Site:
 
 
 class Delta(nn.Module):
-    """Base of both placements; `model.modules()` filtered by it finds every delta."""
+    """Base of all placements; `model.modules()` filtered by it finds every delta."""
 
 
 class WeightDelta(Delta, ABC):
-    """ΔW of shape (n_out, n_in), added to a host's weight."""
+    """ΔW of shape (n_out, n_in), added to a host's weight.
+
+    A method whose forward(x) is cheaper than a dense ΔW overrides it and sets `factored`; else a Linear runs W + ΔW.
+    """
+
+    factored: bool = False
 
     @abstractmethod
     def weight(self) -> Tensor:
         """ΔW, dense, (n_out, n_in)."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """x ΔWᵀ, (…, n_in) to (…, n_out); a factored method overrides it with something cheaper."""
+        """x ΔWᵀ, (…, n_in) to (…, n_out)."""
         return F.linear(x, self.weight().to(x.dtype))
 
 
@@ -78,6 +86,7 @@ class Rows(WeightDelta):
     def __init__(self, n_out: int, parts: dict[str, tuple[tuple[int, int], WeightDelta]]) -> None:
         super().__init__()
         self.n_out = n_out
+        self.factored = all(part.factored for _, part in parts.values())
         self.rows = {name: rows for name, (rows, _) in sorted(parts.items(), key=lambda item: item[1][0])}
         self.parts = nn.ModuleDict({name: parts[name][1] for name in self.rows})
 
@@ -119,6 +128,18 @@ class OutputDelta(Delta, ABC):
         """The same function without masks or sharing: dense factors only."""
 
 
+class AttentionDelta(Delta, ABC):
+    """Keys and values that an attention has besides its own."""
+
+    @abstractmethod
+    def forward(self) -> tuple[Tensor, Tensor]:
+        """Keys (heads, length, key width) and values (heads, length, value width)."""
+
+    @abstractmethod
+    def folded(self) -> "AttentionDelta":
+        """The same function without masks or sharing: dense factors only."""
+
+
 class Method:
     """Base of the frozen dataclasses that configure a method. Its name is its file's name; its fields are its flags.
 
@@ -126,7 +147,7 @@ class Method:
     """
 
     name: ClassVar[str]
-    placement: ClassVar[type[Delta] | None]  # WeightDelta, OutputDelta, or None for a method without hosts
+    placement: ClassVar[type[Delta] | None] = None  # None for a method without hosts
     known: ClassVar[dict[str, type["Method"]]] = {}
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -144,6 +165,10 @@ class Method:
     def targets(self, model: nn.Module) -> dict[str, str | None]:
         """Default hosts of this method in `model`: qualified name -> parts to adapt, None for all of it."""
         return {}
+
+    def trains(self, model: nn.Module) -> list[str]:
+        """The parameters of the base itself that this method trains, by name; `remove` puts their values back."""
+        return []
 
     def build(self, site: Site) -> Delta:
         raise TypeError(f"{type(self).__name__} has no hosts, so it builds no delta")

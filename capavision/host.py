@@ -9,13 +9,18 @@ How it works:
         @property
         def weight(self):                     # whoever reads the weight gets W + ΔW: beit, eva, swin_v2, every conv
             return self._parameters["weight"] + self.delta.weight()
-        def forward(self, x):                 # factored; only where the class's forward is exactly nn.Linear.forward
+        def forward(self, x):                 # if ΔW is factored, and the class's forward exactly nn.Linear.forward
             return F.linear(x, self._parameters["weight"], self.bias) + self.delta(x)
 
     class AdaptedMlp(Mlp):                    # a block: the base forward runs, its output gains Δ(x, y)
         def forward(self, x, *args, **kwargs):
             y = Mlp.forward(self, x, *args, **kwargs)
             return y + self.delta(x, y)
+
+    class PrefixedAttention(Attention):       # an attention: its one softmax sees more keys and values
+        def forward(self, *args, **kwargs):
+            with Prepend(*self.delta()):
+                return Attention.forward(self, *args, **kwargs)
 
     class MaskedLinear(nn.Linear):            # one depth of a weight-tied model, see capavision.tying
         @property
@@ -31,7 +36,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from capavision.delta import Delta, OutputDelta, WeightDelta
+from capavision.delta import AttentionDelta, Delta, OutputDelta, WeightDelta
+from capavision.softmax import Prepend
 
 SLOT = "delta"
 
@@ -43,8 +49,12 @@ def _adapted_weight(host: Any) -> Tensor:
 
 
 def _linear_forward(host: Any, x: Tensor) -> Tensor:
+    base: Tensor = host._parameters["weight"]
+    if not host.delta.factored and base.dtype == delta_dtype(base):
+        return F.linear(x, host.weight, host.bias)
+    # Beside a half-precision W, a small ΔW would be lost in the sum of the two: it acts on its own.
     added: Tensor = host.delta(x)
-    return F.linear(x, host._parameters["weight"], host.bias) + added
+    return F.linear(x, base, host.bias) + added
 
 
 def _weight_body(base: type) -> dict[str, Any]:
@@ -62,6 +72,15 @@ def _output_body(base: type) -> dict[str, Any]:
         return y + host.delta(x, y)
 
     return {"forward": forward}
+
+
+def _prefixed_body(base: type) -> dict[str, Any]:
+    def forward(host: Any, *args: Any, **kwargs: Any) -> Any:
+        with Prepend(*host.delta()):
+            return base.forward(host, *args, **kwargs)  # type: ignore[attr-defined]
+
+    # timm's flag for the call that Prepend waits for; a switch of the base class must not lead past the prefix
+    return {"forward": forward, "fused_attn": property(lambda host: True)}
 
 
 def _frozen_body(base: type) -> dict[str, Any]:
@@ -83,6 +102,7 @@ def _masked_body(base: type) -> dict[str, Any]:
 _BODIES: dict[str, Callable[[type], dict[str, Any]]] = {
     "Adapted": _weight_body,
     "Extended": _output_body,
+    "Prefixed": _prefixed_body,
     "Frozen": _frozen_body,
     "Masked": _masked_body,
 }
@@ -119,7 +139,8 @@ def attach(host: nn.Module, delta: Delta) -> None:
     """Give `host` a delta and the class that uses it. The host must not have one yet."""
     assert not is_swapped(host)
     setattr(host, SLOT, delta)
-    _swap(host, "Adapted" if isinstance(delta, WeightDelta) else "Extended")
+    kinds = {"Adapted": WeightDelta, "Extended": OutputDelta, "Prefixed": AttentionDelta}
+    _swap(host, next(kind for kind, placement in kinds.items() if isinstance(delta, placement)))
 
 
 def detach(module: nn.Module, training: bool) -> None:
@@ -134,9 +155,9 @@ def detach(module: nn.Module, training: bool) -> None:
 
 
 def fold(host: nn.Module) -> None:
-    """Write W + ΔW into a new weight parameter, summed in float32 or better; on a block, make the delta dense."""
+    """Write W + ΔW into a new weight parameter, summed in float32 or better; elsewhere make the delta dense."""
     delta = getattr(host, SLOT)
-    if isinstance(delta, OutputDelta):
+    if isinstance(delta, (OutputDelta, AttentionDelta)):
         setattr(host, SLOT, delta.folded())
         return
     base = host._parameters["weight"]
@@ -175,6 +196,12 @@ def delta_dtype(weight: Tensor) -> torch.dtype:
 def is_batch_norm(module: nn.Module) -> bool:
     """Whether the module keeps running statistics."""
     return isinstance(module, _BatchNorm)
+
+
+def batch_norm_statistics(model: nn.Module) -> tuple[str, ...]:
+    """The buffers that batch norms change in train mode, by name."""
+    norms = [(name, m) for name, m in model.named_modules() if is_batch_norm(m)]
+    return tuple(f"{name}.{buffer}" for name, m in norms for buffer, _ in m.named_buffers(recurse=False))
 
 
 def freeze_batch_norm(model: nn.Module) -> list[nn.Module]:

@@ -1,5 +1,6 @@
 """Choose hosts, build deltas, freeze the base, report: `inject` either does all of it or leaves the model untouched."""
 
+from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -9,7 +10,8 @@ from torch import Tensor, nn
 from capavision import host as hosting
 from capavision.attention import classifier, weight_of
 from capavision.channels import measure
-from capavision.delta import Delta, Method, OutputDelta, Rows, Site, WeightDelta
+from capavision.delta import AttentionDelta, Delta, Method, OutputDelta, Rows, Site, WeightDelta
+from capavision.softmax import look
 from capavision.targets import Parts, Spans, Targets, choose
 from capavision.tying import tied
 
@@ -26,8 +28,11 @@ class Injection:
     method: Method
     seed: int
     hosts: dict[str, Spans]
-    axes: dict[str, tuple[int, int, int]] = field(default_factory=dict)  # of blocks: channels out, in, and their axis
+    # of blocks: channels out, in, and their axis; of attentions: width of the values, of the keys, heads
+    axes: dict[str, tuple[int, int, int]] = field(default_factory=dict)
     head: tuple[str, ...] = ()
+    trained: tuple[str, ...] = ()  # the base's own tensors that change: parameters, statistics of batch norms
+    originals: dict[str, Tensor] = field(default_factory=dict, repr=False, compare=False)  # what `trained` were before
     frozen: tuple[str, ...] = ()  # the parameters that were trainable before
     freeze_norm: bool = True
 
@@ -37,17 +42,18 @@ class Report:
     """What was injected where, and what it costs; print it."""
 
     method: Method
-    rows: tuple[tuple[str, str, str, int], ...]  # host, its kind and shape, parts, trained values
+    rows: tuple[tuple[str, str, str, int], ...]  # host or own parameter, its kind and shape, parts, trained values
     head: int
     total: int
 
     @property
     def hosts(self) -> tuple[str, ...]:
+        """The adapted modules, or the base's own parameters where the method trains these."""
         return tuple(row[0] for row in self.rows)
 
     @property
     def trained(self) -> int:
-        """Values of all deltas, the head not counted."""
+        """Values of all deltas and of the base's own trained parameters, the head not counted."""
         return sum(row[3] for row in self.rows)
 
     def __str__(self) -> str:
@@ -59,7 +65,8 @@ class Report:
             span = names[0] if len(names) == 1 else f"{names[0]} … {names[-1]}"
             lines.append(f"  {len(names):3} × {values:>9,}  {kind:<28} {'rows ' + parts if parts else '':<10} {span}")
         share = f"{100 * self.trained / max(self.total, 1):.3f} % of {self.total:,}"
-        lines.append(f"  trained {self.trained:,} ({share}) in {len(self.rows)} hosts; head {self.head:,}")
+        where = f"{len(self.rows)} {'hosts' if self.method.placement else 'tensors'}"
+        lines.append(f"  trained {self.trained:,} ({share}) in {where}; head {self.head:,}")
         return "\n".join(lines)
 
 
@@ -67,6 +74,11 @@ def injections(model: nn.Module) -> list[Injection]:
     """The injections `model` carries, oldest first."""
     found: list[Injection] = getattr(model, RECORD, [])
     return found
+
+
+def base_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers of `model` by name, deltas included."""
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
 
 
 def parameters(model: nn.Module) -> list[nn.Parameter]:
@@ -101,7 +113,8 @@ def inject(
         parts: rows of a fused projection: letters of "q", "k", "v" ("qv"), or a list of row slices. None adapts all
             rows, but q and v alone where targets is None too.
         seed: of initial values and masks. Each host draws from its own key, so the order of modules does not matter.
-        freeze_norm: keep batch norms in eval for good; their statistics are not in the saved file.
+        freeze_norm: keep batch norms in eval for good. If not, their statistics move, are saved, and are put back by
+            `remove`.
         example: one input batch, needed only to adapt blocks of a model that does not tell its input size.
 
     Returns:
@@ -123,27 +136,54 @@ def inject(
         raise ValueError("the model is tied, and a tied model trains all of itself; capavision.fold(model) first")
     hosts = choose(model, method, targets, parts)
     placed = measure(model, hosts, example) if method.placement is OutputDelta else {}
+    if method.placement is AttentionDelta:
+        placed = _attentions(model, hosts, example, named=targets is not None)
+        hosts = {name: hosts[name] for name in placed}
     head = tuple(n for n in classifier(model) if n not in hosts)
-    if not hosts and not head:
+    trained = tuple(method.trains(model))
+    if not hosts and not head and not trained:
         raise ValueError(f"{type(model).__name__} has no classifier, so {type(method).__name__} has nothing to train")
-    return apply(model, Injection(method, seed, hosts, placed, head, freeze_norm=freeze_norm))
+    if not freeze_norm:
+        trained += hosting.batch_norm_statistics(model)
+    return apply(model, Injection(method, seed, hosts, placed, head, trained, freeze_norm=freeze_norm))
+
+
+def _attentions(
+    model: nn.Module, hosts: Collection[str], example: Tensor | None, *, named: bool
+) -> dict[str, tuple[int, int, int]]:
+    """The sizes of those attentions that can take keys and values; all of them must where the user named them."""
+    found = look(model, hosts, example)
+    refused = [f"{name}: {why}" for name, why in found.items() if isinstance(why, str)]
+    if refused and (named or len(refused) == len(found)):
+        raise ValueError(
+            f"{refused[0]}, so no keys and values can be added to it; name other attentions, or use another method"
+        )
+    return {name: sizes for name, sizes in found.items() if not isinstance(sizes, str)}
 
 
 def apply(model: nn.Module, plan: Injection) -> Report:
     """Carry out a plan whose hosts are known: build every delta first, then attach, freeze and record."""
     deltas = {name: _build(model, plan, name) for name in plan.hosts}
     frozen = tuple(name for name, p in model.named_parameters() if p.requires_grad)
-    plan = replace(plan, frozen=frozen)
+    tensors = base_tensors(model)
+    originals = {name: _spare(tensors[name].detach()) for name in plan.trained}
+    plan = replace(plan, frozen=frozen, originals=originals)
     for name, delta in deltas.items():
         hosting.attach(model.get_submodule(name), delta)
     if plan.freeze_norm:
         hosting.freeze_batch_norm(model)
-    kept = {p for m in model.modules() if isinstance(m, Delta) for p in m.parameters()}
-    kept |= {p for name in plan.head for p in model.get_submodule(name).parameters()}
-    for p in model.parameters():
-        p.requires_grad_(p in kept)
     setattr(model, RECORD, [*injections(model), plan])
+    trained = {id(p) for m in model.modules() if isinstance(m, Delta) for p in m.parameters()}
+    trained |= {id(p) for name in plan.head for p in model.get_submodule(name).parameters()}
+    trained |= {id(tensors[name]) for each in injections(model) for name in each.trained}
+    for p in model.parameters():
+        p.requires_grad_(id(p) in trained)
     return _report(model, plan)
+
+
+def _spare(tensor: Tensor) -> Tensor:
+    """A copy in main memory, so that a GPU need not hold the base twice."""
+    return tensor.clone() if tensor.is_meta else tensor.to("cpu", copy=True)
 
 
 def _build(model: nn.Module, plan: Injection, name: str) -> Delta:
@@ -154,6 +194,9 @@ def _build(model: nn.Module, plan: Injection, name: str) -> Delta:
         if plan.method.placement is OutputDelta:
             n_out, n_in, axis = plan.axes[name]
             return plan.method.build(Site(name, n_out, n_in, plan.seed, like, axis))
+        if plan.method.placement is AttentionDelta:
+            n_out, n_in, heads = plan.axes[name]
+            return plan.method.build(Site(name, n_out, n_in, plan.seed, like, heads=heads))
         n_out, n_in = weight_of(host).shape[0], weight_of(host)[0].numel()
         if not plan.hosts[name]:
             return plan.method.build(Site(name, n_out, n_in, plan.seed, like))
@@ -175,6 +218,11 @@ def _report(model: nn.Module, plan: Injection) -> Report:
         shape = f" {tuple(weight_of(host).shape)}" if plan.method.placement is WeightDelta else ""
         values = sum(p.numel() for p in getattr(host, hosting.SLOT).parameters())
         rows.append((name, base + shape, ", ".join(parts), values))
+    own = dict(model.named_parameters())
+    for name in [name for name in plan.trained if name in own]:
+        module, _, last = name.rpartition(".")
+        kind = f"{type(model.get_submodule(module)).__name__}.{last} {tuple(own[name].shape)}"
+        rows.append((name, kind, "", own[name].numel()))
     deltas = {p for m in model.modules() if isinstance(m, Delta) for p in m.parameters()}
     head = sum(p.numel() for name in plan.head for p in model.get_submodule(name).parameters())
     return Report(plan.method, tuple(rows), head, sum(p.numel() for p in model.parameters() if p not in deltas))

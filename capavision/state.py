@@ -22,7 +22,7 @@ from capavision.attention import classifier
 from capavision.base import Base, differences, fingerprint
 from capavision.delta import Delta, Method
 from capavision.files import write_tensors
-from capavision.inject import RECORD, Injection, apply, injections
+from capavision.inject import RECORD, Injection, apply, base_tensors, injections
 from capavision.targets import near, refuse_taken
 from capavision.tying import Tying, masks_of, stored, tie, tied, undone_on_error, untie
 
@@ -47,18 +47,13 @@ def save(
         info: anything JSON can hold that a user of the file wants back: preprocessing, task, accuracy.
 
     Raises:
-        ValueError: the model carries no injection and is not tied, `classes` does not fit its logits, or batch norms
-            were left to train, whose statistics the file does not hold.
+        ValueError: the model carries no injection and is not tied, or `classes` does not fit its logits.
         OSError: the disk is full or the folder cannot be written; a file that was there stays.
 
     >>> save(model, "dtd.safetensors", classes=["banded", "blotchy"])  # doctest: +SKIP
     """
     if not injections(model) and not tied(model):
         raise ValueError("the model carries no injection, so there is nothing to save; call capavision.inject first")
-    if not all(plan.freeze_norm for plan in injections(model)) and any(map(hosting.is_batch_norm, model.modules())):
-        raise ValueError(
-            "batch norms were left to train (freeze_norm=False), and their statistics have no place in the file"
-        )
     num_classes = getattr(model, "num_classes", None)
     if classes is not None and num_classes not in (None, len(classes)):
         raise ValueError(f"{len(classes)} class names for a model with {num_classes} classes")
@@ -136,8 +131,9 @@ def describe(path: str | os.PathLike[str]) -> dict[str, Any]:
 def fold(model: nn.Module) -> nn.Module:
     """Write every ΔW into its host's weight: a plain model again, same classes, same keys. In place, one way.
 
-    Block adapters are not linear, so they stay, but dense: masks and shared values become one bottleneck of width
-    branches · rank. In a tied model every depth gets a weight of its own, W ⊙ M_l.
+    Block adapters and prefixes are not linear, so they stay, but dense: masks and shared values become one bottleneck
+    of width branches · rank, or branches · length keys and values. In a tied model every depth gets a weight of its
+    own, W ⊙ M_l.
 
     Raises:
         ValueError: the model carries no injection and is not tied.
@@ -169,6 +165,11 @@ def remove(model: nn.Module) -> nn.Module:
         raise ValueError(
             "the model is tied, and its blocks' earlier weights are gone; capavision.fold(model) unties it"
         )
+    for plan in reversed(injections(model)):
+        tensors = base_tensors(model)
+        with torch.no_grad():
+            for name, original in plan.originals.items():
+                tensors[name].copy_(original)
     _release(model)
     return model
 
@@ -192,13 +193,15 @@ def _checksum(model: nn.Module) -> str:
 
 
 def _trained(model: nn.Module) -> dict[str, Tensor]:
-    """Deltas and head whatever their flags say now, and all else that is being trained; of a tied model everything."""
-    if tied(model):
+    """Deltas, head and the base's trained tensors whatever their flags say now, and all else that is being trained."""
+    if tied(model):  # a tied model is stored whole
         return stored(model)
     own = [name for name, m in model.named_modules() if isinstance(m, Delta)]
     own += [name for plan in injections(model) for name in plan.head] + list(classifier(model))
     prefixes = tuple(f"{name}." for name in own)
-    return {name: p for name, p in model.named_parameters() if p.requires_grad or name.startswith(prefixes)}
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad or name.startswith(prefixes)}
+    tensors = base_tensors(model)
+    return parameters | {name: tensors[name] for plan in injections(model) for name in plan.trained}
 
 
 def _derived_base(model: nn.Module) -> Base | None:
@@ -211,7 +214,7 @@ def _derived_base(model: nn.Module) -> Base | None:
 
 
 def _to_json(plan: Injection) -> dict[str, Any]:
-    fields = {k: v for k, v in dataclasses.asdict(plan).items() if k != "frozen"}
+    fields = {f.name: getattr(plan, f.name) for f in dataclasses.fields(plan) if f.name not in ("frozen", "originals")}
     return {**fields, "method": {"name": plan.method.name, **dataclasses.asdict(plan.method)}}  # type: ignore[call-overload]
 
 
@@ -222,7 +225,8 @@ def _from_json(plan: dict[str, Any], path: str | os.PathLike[str]) -> Injection:
     hosts = {host: {part: (s[0], s[1]) for part, s in parts.items()} for host, parts in plan["hosts"].items()}
     axes = {host: (a[0], a[1], a[2]) for host, a in plan["axes"].items()}
     method = Method.known[name](**{k: v for k, v in plan["method"].items() if k != "name"})
-    return Injection(method, plan["seed"], hosts, axes, tuple(plan["head"]), freeze_norm=plan["freeze_norm"])
+    head, trained = tuple(plan["head"]), tuple(plan.get("trained", ()))
+    return Injection(method, plan["seed"], hosts, axes, head, trained, freeze_norm=plan["freeze_norm"])
 
 
 def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -265,8 +269,8 @@ def _check_fit(
             f"{path} was trained with {metadata['num_classes']} classes and the model has {classes}; "
             f"create it with num_classes={metadata['num_classes']}"
         )
-    names = {name for name, _ in model.named_modules()}
-    missing = [name for plan in plans for name in [*plan.hosts, *plan.head] if name not in names]
+    names = {name for name, _ in model.named_modules()} | base_tensors(model).keys()
+    missing = [name for plan in plans for name in [*plan.hosts, *plan.head, *plan.trained] if name not in names]
     if missing:
         base = metadata["base"]["model"] if metadata["base"] else "another model"
         raise ValueError(f"{path} adapts {missing[0]!r}, which {type(model).__name__} lacks; it was made for {base}")
@@ -289,7 +293,7 @@ def _check_masks(path: str | os.PathLike[str], metadata: dict[str, Any], model: 
 
 @torch.no_grad()
 def _restore(path: str | os.PathLike[str], model: nn.Module, tensors: dict[str, Tensor]) -> None:
-    own = stored(model) if tied(model) else dict(model.named_parameters())
+    own = stored(model) if tied(model) else dict(model.named_parameters()) | _trained(model)
     missing = sorted(_trained(model).keys() - tensors.keys())
     foreign = sorted(tensors.keys() - own.keys())
     if missing or foreign:

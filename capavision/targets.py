@@ -9,7 +9,7 @@ from torch import nn
 
 from capavision import host as hosting
 from capavision.attention import classifier, group, is_weighted, parts_of, weight_of
-from capavision.delta import Delta, Method, OutputDelta, WeightDelta
+from capavision.delta import Delta, Method, WeightDelta
 
 Targets = str | Sequence[str] | None
 Parts = str | Sequence[slice] | None
@@ -31,7 +31,7 @@ def choose(model: nn.Module, method: Method, targets: Targets, parts: Parts) -> 
         if targets is not None or parts is not None:
             raise ValueError(f"{type(method).__name__} adapts no module; leave targets and parts out")
         return {}
-    if method.placement is OutputDelta and parts is not None:
+    if method.placement is not WeightDelta and parts is not None:
         raise ValueError(f"{type(method).__name__} acts on whole blocks, which have no rows; leave parts={parts!r} out")
     if targets is None:
         defaults = method.targets(model)

@@ -32,7 +32,7 @@ def to_onnx(model: nn.Module, size: int, labels: dict[str, str], opset: int | No
         ValueError: the exporter cannot trace the model.
     """
     for module in model.modules():  # timm's global switch would come too late for a live model
-        if getattr(module, "fused_attn", False):
+        if getattr(module, "fused_attn", False) and not isinstance(getattr(module, "delta", None), cv.AttentionDelta):
             module.fused_attn = False  # type: ignore[assignment]
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     with warnings.catch_warnings():

@@ -176,7 +176,7 @@ def _manifest(source: Source, folder: Path, opset: int) -> dict[str, Any]:
         "adapter_sha256": sha256(source.path),
         "base": source.about["base"],
         "methods": [plan["method"] for plan in source.about["injections"]],
-        "merged": not any(isinstance(m, cv.OutputDelta) for m in source.model.modules()),
+        "merged": not any(isinstance(m, (cv.OutputDelta, cv.AttentionDelta)) for m in source.model.modules()),
         "opset": opset,
         "versions": {
             "capavision": cv.__version__,

@@ -1,6 +1,7 @@
 """What every method promises on every kind of host: one table of settings, one of hosts, and all promises over both."""
 
 import functools
+import math
 from collections import namedtuple
 from dataclasses import asdict
 
@@ -12,6 +13,7 @@ from torch import nn
 import capavision as cv
 from capavision.attention import weight_of, weighted
 from capavision.inject import injections
+from capavision.masks import Sharing
 from tests.conftest import (
     assert_moved,
     assert_unchanged,
@@ -44,7 +46,22 @@ SETTINGS = {
         for where, activation in (("pfeiffer", "relu"), ("houlsby", "silu"), ("parallel", "gelu"))
         for masks in MASKS.values()
     ],
+    "circulant": [
+        cv.Circulant(alpha=0.3),
+        cv.Circulant(product=True),
+        *(cv.Circulant(where=w) for w in ("pfeiffer", "houlsby", "parallel")),
+    ],
+    "toeplitz": [
+        cv.Toeplitz(alpha=0.7),
+        cv.Toeplitz(kind="symmetric", product=True),
+        cv.Toeplitz(where="houlsby", activation="silu"),
+    ],
+    "kronecker": [cv.Kronecker(), cv.Kronecker(where="houlsby", activation="tanh")],
+    "ldr": [cv.LDR(rank=2), cv.LDR(where="pfeiffer")],
+    "prefix": [cv.Prefix(length=4, **masks) for masks in MASKS.values()],
     "linear_probe": [cv.LinearProbe()],
+    "bitfit": [cv.BitFit()],
+    "full": [cv.Full()],
 }
 
 Kind = namedtuple("Kind", "build size targets parts", defaults=[None])
@@ -61,7 +78,13 @@ BLOCKS = {
     "tokens": Kind(lambda: tiny_vit(global_pool="avg"), 32, None),
     "images, channels first": Kind(lambda: create("test_convnext"), 64, None),
 }
-PLACES = {cv.WeightDelta: WEIGHTS, cv.OutputDelta: BLOCKS, None: BLOCKS}
+ATTENTIONS = {
+    "tokens": BLOCKS["tokens"],
+    "windows": Kind(lambda: create("swin_tiny_patch4_window7_224", img_size=64, embed_dim=48), 64, None),
+}
+PLACES = {cv.WeightDelta: WEIGHTS, cv.OutputDelta: BLOCKS, cv.AttentionDelta: ATTENTIONS, None: BLOCKS}
+# A prefix takes its share of the attention from the start.
+ELSEWHERE = ("prefix",)
 
 
 class Arm:
@@ -69,7 +92,8 @@ class Arm:
 
     def __init__(self, method, name, kind):
         self.method, self.kind = method, kind
-        changed = ", ".join(str(v) for k, v in asdict(method).items() if k in ("where", "branches", "density", "masks"))
+        shown = ("where", "kind", "product", "branches", "density", "masks")
+        changed = ", ".join(str(v) for k, v in asdict(method).items() if k in shown)
         self.id = f"{method.name}({changed}) {name}"
 
     def base(self, dtype=torch.float32):
@@ -88,7 +112,17 @@ class Arm:
     def adapted(self, dtype=torch.float32):
         model = self.base(dtype)
         self.inject(model)
-        return awaken_deltas(model, 7)
+        return shaken(awaken_deltas(model, 7))
+
+
+def shaken(model):
+    """The base's own trained parameters, moved as by training."""
+    own = dict(model.named_parameters())
+    rng = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for name in injections(model)[0].trained:
+            own[name].add_(0.05 * torch.randn(own[name].shape, generator=rng))
+    return model
 
 
 @functools.cache
@@ -103,6 +137,7 @@ ARMS = [
     for name, kind in PLACES[method.placement].items()
 ]
 WITH_HOSTS = [arm for arm in ARMS if arm.method.placement is not None]
+SHARED = [arm for arm in WITH_HOSTS if isinstance(arm.method, Sharing)]
 each_arm = pytest.mark.parametrize("arm", ARMS, ids=[arm.id for arm in ARMS])
 each_with_hosts = pytest.mark.parametrize("arm", WITH_HOSTS, ids=[arm.id for arm in WITH_HOSTS])
 
@@ -116,7 +151,7 @@ def test_every_registered_method_is_tested_here():
         assert cv.Method.known[name] is type(settings[0])
 
 
-@each_arm
+@pytest.mark.parametrize("arm", [arm for arm in ARMS if arm.method.name not in ELSEWHERE], ids=lambda arm: arm.id)
 def test_the_start_is_the_plain_model_bit_for_bit(arm):
     model, x = arm.base(), arm.x()
     plain = outputs(model, x)
@@ -134,6 +169,7 @@ def test_every_trained_parameter_gets_a_gradient_and_nothing_else_does(arm):
     assert all(p.grad is None for p in model.parameters() if not p.requires_grad)
     expected = [p for delta in deltas(model).values() for p in delta.parameters()]
     expected += list(model.get_classifier().parameters())
+    expected += [p for name, p in model.named_parameters() if name in injections(model)[0].trained]
     assert {id(p) for p in trained} == {id(p) for p in expected}
 
 
@@ -175,12 +211,13 @@ def test_folding_leaves_plain_modules_or_dense_bottlenecks(arm):
         assert snapshot(model)["attributes"] == plain["attributes"]
         assert model.state_dict().keys() == plain["values"].keys()
     else:
-        assert all(buffer is None for delta in deltas(model).values() for buffer in (delta.D.mask, delta.U.mask))
+        assert not any(list(delta.buffers()) for delta in deltas(model).values())
         own = {name: value for name, value in model.state_dict().items() if ".delta." not in name}
         assert own.keys() == plain["values"].keys()
         assert all(torch.equal(value, plain["values"][name]) for name, value in own.items())
-        width = arm.method.rank * arm.method.branches
-        assert all(delta.D.value.shape[0] == width for delta in deltas(model).values())
+        if isinstance(arm.method, cv.Adapter):
+            width = arm.method.rank * arm.method.branches
+            assert all(delta.D.value.shape[0] == width for delta in deltas(model).values())
     assert {n: p.requires_grad for n, p in model.named_parameters() if ".delta." not in n} == plain["trainable"]
 
 
@@ -189,7 +226,7 @@ def test_remove_gives_every_bit_back(arm):
     model, x = arm.base(), arm.x()
     before, plain = snapshot(model), outputs(model, x)
     arm.inject(model)
-    awaken_deltas(model)
+    shaken(awaken_deltas(model))
     cv.remove(model)
     assert_unchanged(model, before)
     assert torch.equal(outputs(model, x), plain)
@@ -222,18 +259,38 @@ def test_a_deep_copy_is_equal_and_independent(arm):
     assert torch.equal(outputs(model, x), expected)
 
 
+def matrix_values(method, n_out, n_in):
+    """What the equation of a structured method asks for."""
+    short, long = sorted((n_out, n_in))
+    twice = 2 if getattr(method, "product", False) else 1
+    symmetric = getattr(method, "kind", "") == "symmetric"
+    return {
+        "lora": lambda: method.rank * (n_out + n_in),
+        "circulant": lambda: twice * math.ceil(long / short) * short,
+        "kronecker": lambda: n_out + n_in,
+        "ldr": lambda: 2 * method.rank * math.ceil(long / short) * short,
+        "toeplitz": lambda: long + (twice - 1) * n_in if symmetric else n_out + n_in - 1,
+    }[method.name]()
+
+
 def stored(arm, model):
     """The values the equations ask for, from the shapes of the plain model."""
-    plan, rank = injections(model)[0], getattr(arm.method, "rank", 0)
-    if arm.method.placement is cv.OutputDelta:
-        reads_input = arm.method.where == "parallel"
-        widths = [(c_in if reads_input else c_out, c_out) for c_out, c_in, _ in plan.axes.values()]
-        return sum(rank * (read + c_out + 1) + c_out for read, c_out in widths)
-    values = 0
+    plan, method = injections(model)[0], arm.method
+    own = dict(arm.base().named_parameters())
+    values = sum(own[name].numel() for name in plan.trained)
+    if method.placement is cv.AttentionDelta:
+        return sum(method.length * (n_out + n_in) for n_out, n_in, _ in plan.axes.values())
+    if method.placement is cv.OutputDelta:
+        for c_out, c_in, _ in plan.axes.values():
+            read = c_in if method.where == "parallel" else c_out
+            bottleneck = isinstance(method, cv.Adapter)
+            matrix = method.rank * (read + c_out + 1) if bottleneck else matrix_values(method, c_out, read)
+            values += matrix + c_out
+        return values
     for name, parts in plan.hosts.items():
         weight = weighted(arm.base())[name].weight
         for start, stop in list(parts.values()) or [(0, weight.shape[0])]:
-            values += rank * (stop - start + weight[0].numel())
+            values += matrix_values(method, stop - start, weight[0].numel())
     return values
 
 
@@ -246,12 +303,13 @@ def test_the_report_counts_what_is_trained(arm):
     assert report.head == head
     assert report.total == sum(p.numel() for p in arm.base().parameters())
     assert sum(p.numel() for p in cv.parameters(model)) == report.trained + head
-    assert len(report.hosts) == len(set(report.hosts)) == len(injections(model)[0].hosts)
-    assert bool(report.hosts) == (arm.method.placement is not None)
+    plan = injections(model)[0]
+    assert set(report.hosts) == {*plan.hosts, *plan.trained}
+    assert bool(report.hosts) == (arm.method.name != "linear_probe")
     assert str(report.method) in str(report)
 
 
-@each_with_hosts
+@pytest.mark.parametrize("arm", SHARED, ids=[arm.id for arm in SHARED])
 def test_branches_cost_no_values(arm):
     plain = type(arm.method)(**{**asdict(arm.method), "branches": 1, "density": 1.0, "masks": "random"})
     models = [arm.base(), arm.base()]
@@ -260,14 +318,14 @@ def test_branches_cost_no_values(arm):
     assert reports[0].trained == reports[1].trained
 
 
-@pytest.mark.parametrize("method", SETTINGS["lora"] + SETTINGS["adapter"], ids=str)
+@pytest.mark.parametrize("method", [method for settings in SETTINGS.values() for method in settings], ids=str)
 def test_a_method_is_its_fields(method):
     """The fields are the command line's flags and the file's metadata: they must rebuild an equal method."""
     again = type(method)(**asdict(method))
     assert again == method
     assert hash(again) == hash(method)
     with pytest.raises(AttributeError, match="cannot assign to field"):
-        method.rank = 1
+        method.alpha = 1
 
 
 def test_a_method_without_hosts_builds_no_delta():

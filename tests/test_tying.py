@@ -241,6 +241,7 @@ BROKEN = {
     "no such block": (lambda m, t: m["tyings"][0].update(blocks=["blocks.0", "blocks.9"]), "no module matches"),
     "a missing tensor": (lambda m, t: t.pop("blocks.0.attn.qkv.weight"), "missing"),
     "a foreign tensor": (lambda m, t: t.update(stray=torch.zeros(1)), "not in the model"),
+    "a mask": (lambda m, t: t.update({"blocks.0.attn.qkv.mask": torch.zeros(144, 48)}), "not in the model"),
     "a wrong shape": (lambda m, t: t.update({"norm.bias": torch.zeros(3)}), "norm.bias"),
     "no density": (lambda m, t: m["tyings"][0].pop("density"), "damaged"),
     "an unknown mask": (lambda m, t: m["tyings"][0].update(masks="striped"), "striped"),

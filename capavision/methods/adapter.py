@@ -3,11 +3,8 @@
     Δ(h) = scale · ( Σ_i (U ⊙ M_i) σ((D ⊙ N_i) h + b_D) + b_U ),    i = 1..branches
          = scale · ( [U⊙M_1 … U⊙M_d] σ([D⊙N_1; …; D⊙N_d] h + [b_D; …; b_D]) + b_U )
 
-    pfeiffer   z + Δ(z)         z the output of a block that ends in an MLP          (arXiv 2005.00247)
-    houlsby    f + Δ(f)         f the output of each attention and of each MLP       (arXiv 1902.00751)
-    parallel   f(x) + Δ(x)      beside each MLP                                      (arXiv 2110.04366)
-
-Source: CapaBoost, arXiv 2407.01320, for the masked sum; the non-linearity σ stays inside each branch.
+Source: CapaBoost, arXiv 2407.01320, for the masked sum; the non-linearity σ stays inside each branch. Where it stands:
+        `capavision.placement`.
 Shapes: D (rank, c_in), b_D (rank), U (c_out, rank), b_U (c_out) trained; N_i, M_i as D and U. Biases are not masked.
 Cost:   rank · (c_in + c_out + 1) + c_out values; two products of width branches · rank.
 Start:  D uniform as nn.Linear, U = b_D = b_U = 0: Δ = 0, the model is unchanged.
@@ -15,23 +12,15 @@ Differs from the authors' code: theirs starts U at N(0, 0.02²), adds b_U once p
         branch alone; here b_U stands outside the sum and b_D gets every branch's gradient.
 """
 
-import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from capavision.attention import attentions, blocks, mlps
+from capavision.checks import nonzero, one_of, whole
 from capavision.delta import Method, OutputDelta, Site
 from capavision.masks import Factor, Sharing
-
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu, "tanh": F.tanh}
-PLACEMENTS = {
-    "pfeiffer": blocks,
-    "houlsby": lambda model: attentions(model) + mlps(model),
-    "parallel": mlps,
-}
+from capavision.placement import ACTIVATIONS, PLACES, inputs
 
 
 @dataclass(frozen=True)
@@ -39,8 +28,8 @@ class Adapter(Sharing, Method):
     """A bottleneck adapter, or CapaBoost-Adapter when branches > 1.
 
     rank:       width of one branch's bottleneck.
-    where:      "pfeiffer", "houlsby" or "parallel", see above; targets given to inject replace its hosts, so
-                where="parallel", targets="attn" puts one beside each attention.
+    where:      "pfeiffer", "houlsby" or "parallel", see `capavision.placement`; targets given to inject replace its
+                hosts, so where="parallel", targets="attn" puts one beside each attention.
     activation: "relu" (the authors' for pfeiffer), "gelu", "silu" (theirs for houlsby) or "tanh".
     scale:      factor on the whole adapter.
     branches, density, masks: see `capavision.masks.Sharing`.
@@ -61,25 +50,16 @@ class Adapter(Sharing, Method):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not isinstance(self.rank, int) or self.rank < 1:
-            raise ValueError(f"rank={self.rank!r} must be a whole number of at least 1")
-        if not (math.isfinite(self.scale) and self.scale):
-            raise ValueError(f"scale={self.scale} must be a finite number other than 0, which would leave Δ at 0")
-        for field, known in (("where", PLACEMENTS), ("activation", ACTIVATIONS)):
-            if getattr(self, field) not in known:
-                raise ValueError(f"{field}={getattr(self, field)!r} is unknown; choose one of {', '.join(known)}")
+        whole("rank", self.rank)
+        nonzero("scale", self.scale, "Δ")
+        one_of("where", self.where, PLACES)
+        one_of("activation", self.activation, ACTIVATIONS)
 
     def targets(self, model: nn.Module) -> dict[str, str | None]:
-        return dict.fromkeys(PLACEMENTS[self.where](model))
+        return dict.fromkeys(PLACES[self.where](model))
 
     def build(self, site: Site) -> "Bottleneck":
-        n_in = site.n_in if self.where == "parallel" else site.n_out
-        if not n_in:
-            raise ValueError(
-                "its output has another shape than its input, so nothing can run beside it; name other targets, or "
-                "where='pfeiffer' or 'houlsby'"
-            )
-        down = self.factor(site.uniform("D", self.rank, n_in), site.key("D"), dim=0)
+        down = self.factor(site.uniform("D", self.rank, inputs(site, self.where)), site.key("D"), dim=0)
         up = self.factor(site.zeros(site.n_out, self.rank), site.key("U"), dim=1)
         return Bottleneck(self, down, site.zeros(self.rank), up, site.zeros(site.n_out), site.axis)
 

@@ -12,13 +12,13 @@ Differs from the authors' code: its A has fan-in rank instead of n_in, so it sta
         later branches start with B ≠ 0; here one A and one B serve all branches from the first step.
 """
 
-import math
 from dataclasses import dataclass
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from capavision.attention import query_value_hosts
+from capavision.checks import nonzero, whole
 from capavision.delta import Method, Site, WeightDelta
 from capavision.masks import Sharing
 
@@ -47,10 +47,8 @@ class LoRA(Sharing, Method):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not isinstance(self.rank, int) or self.rank < 1:
-            raise ValueError(f"rank={self.rank!r} must be a whole number of at least 1")
-        if not (math.isfinite(self.alpha) and self.alpha):
-            raise ValueError(f"alpha={self.alpha} must be a finite number other than 0, which would leave ΔW at 0")
+        whole("rank", self.rank)
+        nonzero("alpha", self.alpha, "ΔW")
 
     def targets(self, model: nn.Module) -> dict[str, str | None]:
         return query_value_hosts(model)
@@ -61,6 +59,8 @@ class LoRA(Sharing, Method):
 
 class LowRank(WeightDelta):
     """ΔW = scale · B A, both seen through their masks."""
+
+    factored = True
 
     def __init__(self, config: LoRA, site: Site) -> None:
         super().__init__()

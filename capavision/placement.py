@@ -1,0 +1,44 @@
+"""Where a delta on a block's output stands, and the non-linearity inside it: what every adapter shares.
+
+    pfeiffer   z + Δ(z)         z the output of a block that ends in an MLP          (arXiv 2005.00247)
+    houlsby    f + Δ(f)         f the output of each attention and of each MLP       (arXiv 1902.00751)
+    parallel   f(x) + Δ(x)      beside each MLP                                      (arXiv 2110.04366)
+
+Houlsby and parallel adapters act where the attention or MLP ends: before a block's layer scale and drop-path.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from capavision.attention import attentions, blocks, mlps
+from capavision.delta import Site
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "silu": F.silu,
+    "tanh": torch.tanh,
+}
+PLACES: dict[str, Callable[[nn.Module], list[str]]] = {
+    "pfeiffer": blocks,
+    "houlsby": lambda model: attentions(model) + mlps(model),
+    "parallel": mlps,
+}
+
+
+def inputs(site: Site, where: str) -> int:
+    """Channels an adapter reads there: those of the block's output, or of its input beside the block.
+
+    Raises:
+        ValueError: nothing can run beside a block whose output has another shape than its input.
+    """
+    n_in = site.n_in if where == "parallel" else site.n_out
+    if not n_in:
+        raise ValueError(
+            "its output has another shape than its input, so nothing can run beside it; name other targets, or "
+            "where='pfeiffer' or 'houlsby'"
+        )
+    return n_in
