@@ -77,7 +77,9 @@ def test_the_arms_of_a_seed_start_alike(example):
     assert models["tied"](images(64)).shape == (2, 5)
 
 
-def test_an_unknown_task_or_stage_is_refused(example):
+def test_what_makes_no_run_is_refused(example):
+    with pytest.raises(ValueError, match="--limit 0 must be at least 1"):
+        example.main(["--limit", "0"])
     with pytest.raises(ValueError, match="digits and dsprites_loc"):
         example.main(["--tasks", "cifar"])
     with pytest.raises(ValueError, match="choose final or tune"):
