@@ -24,6 +24,7 @@ from capavision.methods.prefix import Prefix
 from capavision.methods.toeplitz import Toeplitz
 from capavision.publish import model_card, push_to_hub
 from capavision.state import describe, fold, load, remove, save
+from capavision.tying import Tying, tie
 from capavision.version import __version__ as __version__
 
 __all__ = [
@@ -45,6 +46,7 @@ __all__ = [
     "Report",
     "Site",
     "Toeplitz",
+    "Tying",
     "WeightDelta",
     "describe",
     "fold",
@@ -56,5 +58,6 @@ __all__ = [
     "push_to_hub",
     "remove",
     "save",
+    "tie",
     "to_peft",
 ]

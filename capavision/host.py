@@ -21,6 +21,11 @@ How it works:
         def forward(self, *args, **kwargs):
             with Prepend(*self.delta()):
                 return Attention.forward(self, *args, **kwargs)
+
+    class MaskedLinear(nn.Linear):            # one depth of a weight-tied model, see capavision.tying
+        @property
+        def weight(self):
+            return self._parameters["weight"] * self.mask
 """
 
 from collections.abc import Callable, Iterator
@@ -113,11 +118,21 @@ def _frozen_body(base: type) -> dict[str, Any]:
     return {"train": train, "reset_running_stats": reset_running_stats}
 
 
+def _masked_weight(host: Any) -> Tensor:
+    weight: Tensor = host._parameters["weight"] * host.mask
+    return weight
+
+
+def _masked_body(base: type) -> dict[str, Any]:
+    return {"weight": property(_masked_weight)}
+
+
 _BODIES: dict[str, Callable[[type], dict[str, Any]]] = {
     "Adapted": _weight_body,
     "Extended": _output_body,
     "Prefixed": _prefixed_body,
     "Frozen": _frozen_body,
+    "Masked": _masked_body,
 }
 _classes: dict[tuple[type, str], type] = {}
 
@@ -128,7 +143,8 @@ def _generated(base: type, kind: str) -> type:
         def reduce(host: Any, protocol: Any) -> Any:  # a generated class pickles as its base and its kind
             return _new, (base, kind), host.__getstate__()
 
-        body = {"_base": base, "__reduce_ex__": reduce, "__module__": base.__module__, **_BODIES[kind](base)}
+        own = {"_base": base, "_kind": kind, "__reduce_ex__": reduce, "__module__": base.__module__}
+        body = {**own, **_BODIES[kind](base)}
         _classes[base, kind] = type(f"{kind}{base.__name__}", (base,), body)
     return _classes[base, kind]
 
@@ -179,6 +195,25 @@ def fold(host: nn.Module) -> None:
     detach(host, host.training)
     # A new parameter: a weight that two modules share must not change under the other one.
     host.weight = nn.Parameter(weight, requires_grad=base.requires_grad)
+
+
+def mask(host: nn.Module, bits: Tensor) -> None:
+    """Show `host` its weight through `bits`, 0/1 of the weight's shape; they are never saved."""
+    assert not is_swapped(host)
+    host.register_buffer("mask", bits, persistent=False)
+    _swap(host, "Masked")
+
+
+def unmask(host: nn.Module) -> None:
+    """Give a masked host its own class and its unmasked weight back."""
+    assert is_masked(host)
+    host.__class__ = type(host)._base  # type: ignore[attr-defined]
+    del host.mask
+
+
+def is_masked(module: nn.Module) -> bool:
+    """Whether the module sees its weight through a mask of ours."""
+    return type(module).__dict__.get("_kind") == "Masked"
 
 
 def delta_dtype(weight: Tensor) -> torch.dtype:

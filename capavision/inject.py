@@ -13,6 +13,7 @@ from capavision.channels import measure
 from capavision.delta import AttentionDelta, Delta, Method, OutputDelta, Rows, Site, WeightDelta
 from capavision.softmax import look
 from capavision.targets import Parts, Spans, Targets, choose
+from capavision.tying import tied
 from capavision.wrappers import RECORD, bare, refuse_sharded
 
 
@@ -121,7 +122,8 @@ def inject(
 
     Raises:
         ValueError: targets that match nothing or nothing adaptable, a host that carries a delta already, unknown
-            parts, sizes the method cannot serve, a wrapper that must come after. The model is left as it was.
+            parts, sizes the method cannot serve, a wrapper that must come after, a tied model. The model is left as it
+            was.
 
     >>> import timm
     >>> model = timm.create_model("vit_tiny_patch16_224", num_classes=10)
@@ -133,6 +135,8 @@ def inject(
         raise TypeError(f"method must be a capavision method such as LoRA(rank=8), not {method!r}")
     model = bare(model)
     refuse_sharded(model, "inject before fully_shard")
+    if tied(model):
+        raise ValueError("the model is tied, and a tied model trains all of itself; capavision.fold(model) first")
     hosts = choose(model, method, targets, parts)
     placed = measure(model, hosts, example) if method.placement is OutputDelta else {}
     if method.placement is AttentionDelta:

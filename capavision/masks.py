@@ -98,11 +98,15 @@ class Factor(nn.Module):
 
 def checksum(factors: Iterable[Factor]) -> str:
     """sha256 of all masks in order: a loaded file proves with it that its masks were rebuilt bit for bit."""
-    digest = hashlib.sha256()
-    for factor in factors:
-        if factor.mask is not None:
-            digest.update(np.packbits(factor.mask.movedim(factor.dim, 0).cpu().numpy()).tobytes())
-    return digest.hexdigest()
+    return digest(factor.mask.movedim(factor.dim, 0) for factor in factors if factor.mask is not None)
+
+
+def digest(masks: Iterable[Tensor]) -> str:
+    """sha256 of the masks' bits, in order."""
+    found = hashlib.sha256()
+    for mask in masks:
+        found.update(np.packbits(mask.cpu().numpy()).tobytes())
+    return found.hexdigest()
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ from capavision.files import write_tensors
 from capavision.hub import fetched
 from capavision.inject import Injection, apply, base_tensors, injections
 from capavision.targets import near, refuse_taken
+from capavision.tying import Tying, masks_of, stored, tie, tied, undone_on_error, untie
 from capavision.wrappers import RECORD, bare, refuse_sharded, whole
 
 FORMAT = 1
@@ -44,31 +45,36 @@ def save(
     A model under fully_shard is put together for it: every process must call, and each writes the same file.
 
     Args:
-        model: an injected model.
+        model: an injected model, or a tied one, of which everything is written, each shared value once.
         path: the file to write or replace.
         base: how to build the model underneath; None derives it from a timm model with timm's own weights.
         classes: the class names, in the order of the logits.
         info: anything JSON can hold that a user of the file wants back: preprocessing, task, accuracy.
 
     Raises:
-        ValueError: the model carries no injection or lost a host of it, or `classes` does not fit its logits.
+        ValueError: the model carries no injection or lost a host of it, and is not tied; `classes` does not fit its
+            logits.
         OSError: the disk is full or the folder cannot be written; a file that was there stays.
 
     >>> save(model, "dtd.safetensors", classes=["banded", "blotchy"])  # doctest: +SKIP
     """
     model = bare(model)
-    refuse_unsavable(model)
+    if not tied(model):
+        refuse_unsavable(model)
     num_classes = getattr(model, "num_classes", None)
     if classes is not None and num_classes not in (None, len(classes)):
         raise ValueError(f"{len(classes)} class names for a model with {num_classes} classes")
     base = base or _derived_base(model)
+    if base and tied(model):  # the file holds every weight, so nothing has to be fetched to load it
+        base = dataclasses.replace(base, weights="random", hint="")
     values = {name: whole(p) for name, p in trained(model).items()}
     metadata = {
         "format": FORMAT,
         "injections": [_to_json(plan) for plan in injections(model)],
-        "masks": masks.checksum(_factors(model)),
+        "tyings": [plan.settings() for plan in tied(model)],
+        "masks": _checksum(model),
         "base": dataclasses.asdict(base) if base else None,
-        "fingerprint": fingerprint(model, values),
+        "fingerprint": {} if tied(model) else fingerprint(model, values),
         "num_classes": num_classes,
         "classes": classes,
         "info": dict(info or {}),
@@ -105,6 +111,7 @@ def load(path: str | os.PathLike[str], model: nn.Module | None = None, *, check_
     metadata, tensors = _read(path)
     try:
         plans = [_from_json(plan, path) for plan in metadata["injections"]]
+        tyings = [Tying.of(settings) for settings in metadata.get("tyings", [])]
         base = Base(**metadata["base"]) if metadata["base"] else None
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: its metadata is damaged ({error!r}); save it again") from error
@@ -117,10 +124,13 @@ def load(path: str | os.PathLike[str], model: nn.Module | None = None, *, check_
     refuse_sharded(model, "load before fully_shard")
     _check_fit(path, metadata, tensors, model, plans, check_base)
     try:
-        for plan in plans:
-            apply(model, plan)
-        _check_masks(path, metadata, model)
-        _restore(path, model, tensors)
+        with undone_on_error(model):
+            for tying in tyings:
+                tie(model, **tying.settings())
+            for plan in plans:
+                apply(model, plan)
+            _check_masks(path, metadata, model)
+            _restore(path, model, tensors)
     except BaseException:  # Ctrl-C too leaves the model as it was
         remove(model)
         raise
@@ -140,14 +150,19 @@ def fold(model: nn.Module) -> nn.Module:
     """Write every ΔW into its host's weight: a plain model again, same classes, same keys. In place, one way.
 
     Block adapters and prefixes are not linear, so they stay, but dense: masks and shared values become one bottleneck
-    of width branches · rank, or branches · length keys and values.
+    of width branches · rank, or branches · length keys and values. In a tied model every depth gets a weight of its
+    own, W ⊙ M_l.
 
     Raises:
-        ValueError: the model carries no injection, stands in a wrapper for many processes, or is sharded.
+        ValueError: the model carries no injection and is not tied, stands in a wrapper for many processes, or is
+            sharded.
 
     >>> plain = fold(copy.deepcopy(model))  # doctest: +SKIP
     """
     inner = bare(model)
+    if tied(inner):
+        untie(inner)
+        return model
     if not injections(inner):
         raise ValueError("the model carries no injection, so there is nothing to fold")
     refuse_sharded(inner, _ELSEWHERE)
@@ -163,12 +178,17 @@ def remove(model: nn.Module) -> nn.Module:
     The classifier keeps what it learned.
 
     Raises:
-        ValueError: the model stands in a wrapper for many processes, or is sharded.
+        ValueError: the model is tied (what its blocks held before is gone), stands in a wrapper for many processes,
+            or is sharded.
 
     >>> base = remove(model)  # doctest: +SKIP
     """
     inner = bare(model)
     refuse_sharded(inner, _ELSEWHERE)
+    if tied(inner):
+        raise ValueError(
+            "the model is tied, and its blocks' earlier weights are gone; capavision.fold(model) unties it"
+        )
     for plan in reversed(injections(inner)):
         tensors = base_tensors(inner)
         with torch.no_grad():
@@ -211,8 +231,14 @@ def _factors(model: nn.Module) -> list[masks.Factor]:
     return [m for _, m in sorted(model.named_modules()) if isinstance(m, masks.Factor)]
 
 
+def _checksum(model: nn.Module) -> str:
+    return masks.digest(masks_of(model)) if tied(model) else masks.checksum(_factors(model))
+
+
 def trained(model: nn.Module) -> dict[str, Tensor]:
     """Deltas, head and the base's trained tensors whatever their flags say now, and all else that is being trained."""
+    if tied(model):  # a tied model is stored whole
+        return stored(model)
     own = [name for name, m in model.named_modules() if isinstance(m, Delta)]
     own += [name for plan in injections(model) for name in plan.head] + list(classifier(model))
     prefixes = tuple(f"{name}." for name in own)
@@ -275,8 +301,12 @@ def _check_fit(
     plans: list[Injection],
     check_base: bool,
 ) -> None:
+    if plans and metadata.get("tyings"):
+        raise ValueError(f"{path}: its metadata is damaged (deltas in a tied model); save it again")
     if injections(model):
         raise ValueError(f"the model carries deltas already; capavision.remove(model) first, then load {path}")
+    if tied(model):
+        raise ValueError(f"the model is tied already; create a fresh one, then load {path}")
     classes = getattr(model, "num_classes", None)
     if metadata["num_classes"] != classes:
         raise ValueError(
@@ -290,7 +320,7 @@ def _check_fit(
         raise ValueError(f"{path} adapts {missing[0]!r}, which {type(model).__name__} lacks; it was made for {base}")
     for name in [name for plan in plans for name in plan.hosts]:
         refuse_taken(model, name)
-    if not check_base:
+    if not check_base or metadata.get("tyings"):
         return
     changed = differences(metadata["fingerprint"], fingerprint(model, tensors))
     if changed:
@@ -301,13 +331,13 @@ def _check_fit(
 
 
 def _check_masks(path: str | os.PathLike[str], metadata: dict[str, Any], model: nn.Module) -> None:
-    if masks.checksum(_factors(model)) != metadata["masks"]:
+    if _checksum(model) != metadata["masks"]:
         raise ValueError(f"{path}: its masks could not be rebuilt from the seed, so its deltas would be wrong here")
 
 
 @torch.no_grad()
 def _restore(path: str | os.PathLike[str], model: nn.Module, tensors: dict[str, Tensor]) -> None:
-    own = base_tensors(model)
+    own = stored(model) if tied(model) else dict(model.named_parameters()) | trained(model)
     missing = sorted(trained(model).keys() - tensors.keys())
     foreign = sorted(tensors.keys() - own.keys())
     if missing or foreign:

@@ -295,6 +295,10 @@ def add(metadata, tensors):
     tensors["blocks.0.attn.qkv.delta.parts.k.A.value"] = torch.zeros(4, 48)
 
 
+def smuggle(metadata, tensors):
+    tensors["blocks.0.attn.qkv.delta.parts.q.A.mask"] = torch.zeros(2, 4, 48, dtype=torch.bool)
+
+
 def reshape(metadata, tensors):
     tensors["blocks.0.attn.qkv.delta.parts.q.A.value"] = torch.zeros(4, 47)
 
@@ -355,6 +359,7 @@ REFUSALS = {
         changed(lambda m, t: m.update(masks="0" * 64)), "its masks could not be rebuilt"
     ),
     "a value is missing": Refusal(changed(drop), r"does not fit the model: missing \['blocks\.0\.attn\.qkv\.delta"),
+    "a mask among the values": Refusal(changed(smuggle), r"not in the model \['blocks\.0.*\.mask"),
     "a value too many": Refusal(changed(add), r"not in the model \['blocks\.0\.attn\.qkv\.delta\.parts\.k\.A\."),
     "a value of another shape": Refusal(changed(reshape), r"q\.A\.value is \(4, 47\), the model's is \(4, 48\)"),
 }  # fmt: skip
