@@ -51,8 +51,15 @@ def to_peft(model: nn.Module, path: str | os.PathLike[str], *, example: Tensor |
             weight their parent reads (beit, eva, swin_v2), shared modules. Nothing is written then.
         OSError: the disk is full or the parent folder cannot be written; nothing is left there.
 
-    >>> to_peft(model, "peft-adapter")  # doctest: +SKIP
-    >>> # peft.PeftModel.from_pretrained(timm.create_model("vit_tiny_patch16_224", num_classes=10), "peft-adapter")
+    >>> import tempfile, timm
+    >>> model = timm.create_model("test_vit", num_classes=3)
+    >>> report = inject(model, LoRA(rank=4, branches=2), "qkv", "qv")
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     to_peft(model, f"{folder}/adapter")
+    ...     # theirs = peft.PeftModel.from_pretrained(timm.create_model("test_vit", num_classes=3), f"{folder}/adapter")
+    ...     again = from_peft(f"{folder}/adapter", timm.create_model("test_vit", num_classes=3))
+    >>> injections(again)[0].method.rank  # q and v, two branches, rank 4
+    16
     """
     refuse_existing(Path(path))
     refuse_unsavable(model)

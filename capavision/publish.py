@@ -84,7 +84,7 @@ def model_card(
     Raises:
         ValueError: not one of our files, or damaged.
 
-    >>> print(model_card("dtd.safetensors", repo_id="me/dtd"))  # doctest: +SKIP
+    >>> print(model_card("dtd.safetensors", repo_id="me/dtd", metrics={"accuracy": 71.2}))  # doctest: +SKIP
     """
     about = describe(path)
     name = (repo_id or Path(path).stem).rpartition("/")[2]

@@ -31,10 +31,11 @@ TOLERANCE = 1e-3  # of the effect of ΔW; rounding is 1e-5 at worst, a standardi
 class Wrapper(nn.Module):
     """PEFT's LoRA layer around `base`, as far as a model can tell; passes the base's output on and notes the error."""
 
-    def __init__(self, base: nn.Module, random: torch.Generator) -> None:
+    def __init__(self, name: str, base: nn.Module, random: torch.Generator) -> None:
         super().__init__()
-        self.base_layer = base
+        self.name, self.base_layer = name, base
         weight = weight_of(base)
+        self.out_features, self.in_features = weight.shape[:2]
         up = torch.randn(weight.shape[0], RANK, generator=random).to(weight)
         down = torch.randn(RANK, weight[0].numel(), generator=random).to(weight)
         share = weight.norm() / (up @ down).norm()
@@ -50,6 +51,12 @@ class Wrapper(nn.Module):
     @property
     def bias(self) -> Any:
         return self.base_layer.bias
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            raise AttributeError(f"PEFT's layer in the place of {self.name} has no attribute {name!r}") from None
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         self.calls += 1
@@ -70,8 +77,8 @@ class Wrapper(nn.Module):
         if isinstance(base, nn.Linear):
             return x @ self.down.T @ self.up.T
         ones = (1,) * len(base.kernel_size)
-        lora_A = type(base)(base.in_channels, RANK, base.kernel_size, base.stride, base.padding, bias=False)
-        lora_B = type(base)(RANK, base.out_channels, ones, ones, bias=False)
+        lora_A = type(base)(base.in_channels, RANK, base.kernel_size, base.stride, base.padding, bias=False).to(x)
+        lora_B = type(base)(RANK, base.out_channels, ones, ones, bias=False).to(x)
         lora_A.weight = nn.Parameter(self.down.view(RANK, *self.weight.shape[1:]), requires_grad=False)
         lora_B.weight = nn.Parameter(self.up.view(-1, RANK, *ones), requires_grad=False)
         y: Tensor = lora_B.eval()(lora_A.eval()(x))
@@ -124,19 +131,18 @@ def _rehearse(model: nn.Module, hosts: Collection[str], example: Tensor | None) 
         random = torch.Generator().manual_seed(0)
         x = example_input(copied) if example is None else example
         x = torch.randn(x.shape, generator=random).to(x.device, exact) if example is None else x.to(exact)
-        wrappers = {name: Wrapper(copied.get_submodule(name), random) for name in hosts}
+        wrappers = {name: Wrapper(name, copied.get_submodule(name), random) for name in hosts}
         for name, wrapper in wrappers.items():
             copied.set_submodule(name, wrapper)
-        _run(type(model).__name__, copied, x, wrappers)
+        _run(type(model).__name__, copied, x)
     return wrappers
 
 
-def _run(model: str, copied: nn.Module, x: Tensor, wrappers: Collection[str]) -> None:
+def _run(model: str, copied: nn.Module, x: Tensor) -> None:
     try:
         copied(x)
     except Exception as error:
         raise ValueError(
-            f"{model} does not run with PEFT's layers in the places of {', '.join([*wrappers][:3])}"
-            f"{' …' if len(wrappers) > 3 else ''} ({type(error).__name__}: {error}); adapt other layers, or keep the "
-            "adapter in capavision's own file"
+            f"{model} does not run with PEFT's layers in it ({type(error).__name__}: {error}); adapt other layers, or "
+            "keep the adapter in capavision's own file"
         ) from error

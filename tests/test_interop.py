@@ -529,7 +529,9 @@ def test_the_rehearsal_judges_as_peft_behaves(shape, build, inner):
     if exact:
         refuse_inexact(base, [target], x)
     else:
-        with pytest.raises(ValueError, match=f"{target}|does not run with PEFT's layers"):
+        with pytest.raises(
+            ValueError, match=f"{target}.*(in the place|never called|would not compute)|place of {target} has no"
+        ):
             refuse_inexact(base, [target], x)
     assert_unchanged(base, before)
 
