@@ -109,7 +109,7 @@ def digest(masks: Iterable[Tensor]) -> str:
     return found.hexdigest()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Sharing:
     """How a method's factors are stored: the fields that every CapaBoost-able method inherits.
 

@@ -35,7 +35,7 @@ class Matrix(nn.Module, ABC):
         """M, dense."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Structured(ABC):
     """The fields and the two forms that all structured methods share.
 

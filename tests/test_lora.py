@@ -313,3 +313,9 @@ def test_the_report_counts_the_base_without_deltas(vit):
     first = cv.inject(vit, cv.LoRA(rank=4), "qkv")
     second = cv.inject(vit, cv.LoRA(rank=4), "fc1")
     assert first.total == second.total == plain
+
+
+def test_the_first_argument_is_the_rank():
+    assert cv.LoRA(4) == cv.LoRA(rank=4)
+    with pytest.raises(TypeError, match="positional"):
+        cv.LoRA(4, 4.0, 2)
