@@ -22,7 +22,7 @@ def digest(array):
 
 
 def made(kind, branches, key="0/host/A", shape=(4, 12), density=None):
-    factor = Sharing(branches, density, kind).factor(torch.ones(shape), key, dim=0)
+    factor = Sharing(branches=branches, density=density, masks=kind).factor(torch.ones(shape), key, dim=0)
     return factor.mask.numpy()
 
 
@@ -176,7 +176,7 @@ def test_a_prefix_of_the_stream_is_the_shorter_stream():
 @pytest.mark.parametrize("dim", [0, 1])
 def test_a_factor_concatenates_its_masked_branches(dim):
     value = torch.randn(4, 8)
-    factor = Sharing(3).factor(value.clone(), "0/host/A", dim)
+    factor = Sharing(branches=3).factor(value.clone(), "0/host/A", dim)
     drawn = torch.from_numpy(random((4, 8), 3, 0.5, draw()))
     assert torch.equal(factor(), torch.cat([value * m for m in drawn], dim))
     assert not torch.equal(*factor().chunk(3, dim)[:2])
@@ -190,20 +190,20 @@ def test_a_factor_of_one_full_branch_is_its_value(dim):
 
 
 def test_masks_are_not_saved_and_not_trained():
-    factor = Sharing(2).factor(torch.randn(4, 8), "0/host/A", 0)
+    factor = Sharing(branches=2).factor(torch.randn(4, 8), "0/host/A", 0)
     assert list(factor.state_dict()) == ["value"]
     assert [name for name, _ in factor.named_parameters()] == ["value"]
     assert factor.mask.dtype is torch.bool
 
 
 def test_a_factor_prints_its_shape_and_branches():
-    assert "(4, 8), branches=2" in repr(Sharing(2).factor(torch.randn(4, 8), "0/host/A", 0))
+    assert "(4, 8), branches=2" in repr(Sharing(branches=2).factor(torch.randn(4, 8), "0/host/A", 0))
     assert "branches" not in repr(Sharing().factor(torch.randn(4, 8), "0/host/A", 0))
 
 
 def test_the_checksum_tells_masks_apart_and_nothing_else():
     def factor(key="0/host/A", dim=0, scale=1.0):
-        return Sharing(2).factor(scale * torch.ones(4, 8), key, dim)
+        return Sharing(branches=2).factor(scale * torch.ones(4, 8), key, dim)
 
     plain = Sharing().factor(torch.ones(4, 8), "0/host/A", 0)
     known = checksum([factor()])
@@ -217,12 +217,12 @@ def test_the_checksum_tells_masks_apart_and_nothing_else():
 
 
 def test_the_checksum_is_that_of_the_first_release():
-    factors = [Sharing(2).factor(torch.ones(4, 8), f"0/host/{factor}", 0) for factor in "AB"]
+    factors = [Sharing(branches=2).factor(torch.ones(4, 8), f"0/host/{factor}", 0) for factor in "AB"]
     assert checksum(factors) == "7b091ba91f9500360e12df079ea3c7f6b7c0bbd86142d4b1e15f698679c8607a"
 
 
 def test_one_flipped_entry_changes_the_checksum():
-    factor = Sharing(2).factor(torch.ones(4, 8), "0/host/A", 0)
+    factor = Sharing(branches=2).factor(torch.ones(4, 8), "0/host/A", 0)
     before = checksum([factor])
     flipped = factor.mask.clone()
     flipped[0, 0, 0] ^= True
@@ -246,7 +246,7 @@ def test_one_flipped_entry_changes_the_checksum():
     ],
 )
 def test_the_density_has_a_default_for_every_kind(given, density):
-    assert Sharing(*given).density == density
+    assert Sharing(**dict(zip(("branches", "density", "masks"), given, strict=False))).density == density
 
 
 Case = namedtuple("Case", "accepted refused match")
@@ -290,4 +290,4 @@ def test_settings_that_cannot_be_served_are_refused(case):
 
 def test_every_kind_of_mask_is_tested_here():
     assert masks.KINDS.keys() == {kind for kind, _ in ALL}
-    assert isinstance(Sharing(2).factor(torch.ones(2, 2), "", 0), Factor)
+    assert isinstance(Sharing(branches=2).factor(torch.ones(2, 2), "", 0), Factor)
