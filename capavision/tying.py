@@ -251,7 +251,7 @@ def _density(depth: int, density: float | None, masks: str) -> float:
     if masks == "random" and density in (None, 1):
         return 1.0
     try:
-        settled = Sharing(depth, density, masks).density
+        settled = Sharing(branches=depth, density=density, masks=masks).density
     except ValueError as error:
         raise ValueError(f"each of the {depth} depths is one branch of the masks: {error}") from error
     assert settled is not None
