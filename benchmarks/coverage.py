@@ -24,7 +24,7 @@ from vtab.record import write
 # Method and targets; a method without an entry runs with its default settings on its default hosts.
 SETTINGS: dict[str, tuple[cv.Method, str | None]] = {
     "lora": (cv.LoRA(rank=4, branches=2), "all"),
-    "adapter": (cv.Adapter(rank=4, branches=2), None),
+    "adapter": (cv.Adapter(rank=8, branches=2), None),
 }
 NORMS = "batch norms"  # the row of families that have them: statistics left to train
 COLUMNS = ("family", "architecture", "method", "hosts", "trained values", "unused", "batch norms", "result", "s")

@@ -48,9 +48,10 @@ def check_methods(args: argparse.Namespace) -> argparse.Namespace:
     """The same arguments, their methods known and with hosts.
 
     Raises:
-        ValueError: a method that is not known, or has no hosts to sweep over.
+        ValueError: a method that is not known, or puts no delta on weights or blocks.
     """
-    hosted = [name for name, method in cv.Method.known.items() if method().placement is not None]
+    placements = (cv.WeightDelta, cv.OutputDelta)
+    hosted = [name for name, method in cv.Method.known.items() if method().placement in placements]
     check_names("--methods", args.methods, hosted)
     return args
 

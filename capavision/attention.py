@@ -92,7 +92,7 @@ def attentions(model: nn.Module) -> list[str]:
 
 
 def mlps(model: nn.Module) -> list[str]:
-    """The outermost MLPs, by name or class; token mixers and the classifier's own do not count."""
+    """The outermost MLPs, by name or class; token mixers, position MLPs and the classifier's own do not count."""
     heads = set(classifier(model).values())
     inner = tuple(f"{owner}." for owner in attentions(model))  # position MLPs inside an attention
     found: list[str] = []
@@ -100,7 +100,8 @@ def mlps(model: nn.Module) -> list[str]:
         last, kind = name.rpartition(".")[2], type(module).__name__.lower()
         is_mlp = last in _MLP_NAMES or ("." in name and ("mlp" in kind or "feedforward" in kind))
         inside = name.startswith(inner) or any(name.startswith(f"{outer}.") for outer in found)
-        if not is_mlp or inside or not name or "token" in last or isinstance(module, nn.Sequential):
+        beside = "token" in last or "rel_pos" in name  # mixes tokens, or makes biases of positions
+        if not is_mlp or inside or beside or not name or isinstance(module, nn.Sequential):
             continue
         has_weights = sum(is_weighted(m) for m in module.modules()) > 1
         if has_weights and not heads.intersection(module.modules()):

@@ -1,51 +1,95 @@
-"""Channels of a block's input and output, found by looking: one forward pass without gradient."""
+"""Channels of a block's input and output, found by looking: one forward pass, one more where outputs are several."""
 
-from collections.abc import Iterable
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from capavision.attention import is_weighted
-from capavision.delta import chosen
+from capavision.delta import adapted, chosen
 
 
-def measure(model: nn.Module, hosts: Iterable[str], example: Tensor | None) -> dict[str, tuple[int, int, int]]:
+def measure(
+    model: nn.Module, hosts: Iterable[str], example: Tensor | None, *, named: bool = True
+) -> dict[str, tuple[int, int, int]]:
     """Channels out and in and the channel axis of each block, seen in one forward pass without gradient.
 
     Channels in are 0 where the input is no tensor that matches the output place by place: a block that downsamples.
+    A block whose adapted output the model never uses is refused where it was `named`, else left out.
     """
     shapes: dict[str, tuple[torch.Size, torch.Size]] = {}
+    several: list[str] = []
 
-    def note(name: str) -> Any:
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
-            x = args[0] if args else None
-            y = output[chosen(x, output)] if isinstance(output, (tuple, list)) else output
-            if not isinstance(y, Tensor):
-                raise ValueError(f"{name} returns {type(y).__name__}, to which nothing can be added; name its modules")
-            x = x if isinstance(x, Tensor) else y.new_empty(0)
-            shapes[name] = (x.shape, y.shape)
+    def note(name: str, args: Any, output: Any) -> None:
+        x, y = args[0] if args else None, output
+        if isinstance(output, (tuple, list)):
+            several.append(name)
+            y = output[chosen(x, output)]
+        if not isinstance(y, Tensor):
+            raise ValueError(f"{name} returns {type(y).__name__}, to which nothing can be added; name its modules")
+        shapes[name] = (x.shape if isinstance(x, Tensor) else torch.Size([0]), y.shape)
 
-        return hook
-
-    hooks = [model.get_submodule(name).register_forward_hook(note(name)) for name in hosts]
-    try:
+    with _hooked(model, hosts, note):
         run_once(model, example)
-    finally:
-        for hook in hooks:
-            hook.remove()
     unseen = [name for name in hosts if name not in shapes]
     if unseen:
         raise ValueError(f"{unseen[0]} did not run in the model's forward pass, so an adapter there would be dead")
-    return {name: _channels(model, name, *shapes[name]) for name in hosts}
+    unheard = _unheard(model, several, example) if several else []
+    used = [name for name in hosts if name not in unheard]
+    if unheard and (named or not used):
+        raise ValueError(f"{unheard[0]}: the model makes no use of its first output, so an adapter there would be dead")
+    return {name: _channels(model, name, *shapes[name]) for name in used}
 
 
-def run_once(model: nn.Module, example: Tensor | None) -> None:
-    """One forward pass in eval mode without gradient, on `example` or zeros; the modes are then as they were."""
+def _unheard(model: nn.Module, blocks: Iterable[str], example: Tensor | None) -> list[str]:
+    """The blocks whose adapted output does not reach the model's: the pixel stream after tnt's last block."""
+    probes: list[tuple[str, Tensor]] = []
+
+    def probe(name: str, args: Any, output: Any) -> Any:
+        def zeros(y: Tensor) -> Tensor:
+            probes.append((name, torch.zeros_like(y, requires_grad=True)))
+            return probes[-1][1]
+
+        return adapted(args[0] if args else None, output, zeros)
+
+    with _hooked(model, blocks, probe):
+        output = run_once(model, example, gradient=True)
+    ends = [end.sum() for end in _tensors(output) if end.requires_grad]
+    grads = torch.autograd.grad(ends, [zero for _, zero in probes], allow_unused=True) if ends else [None] * len(probes)
+    heard = {name for (name, _), grad in zip(probes, grads, strict=True) if grad is not None}
+    return [name for name in blocks if name not in heard]
+
+
+def _tensors(output: Any) -> Iterator[Tensor]:
+    if isinstance(output, Tensor):
+        yield output
+    elif isinstance(output, (tuple, list, Mapping)):
+        for part in output.values() if isinstance(output, Mapping) else output:
+            yield from _tensors(part)
+
+
+@contextlib.contextmanager
+def _hooked(model: nn.Module, names: Iterable[str], hook: Callable[[str, Any, Any], Any]) -> Iterator[None]:
+    """While this lasts, hook(name, args, output) runs after each of the modules."""
+    handles = [
+        model.get_submodule(name).register_forward_hook(lambda _, args, output, name=name: hook(name, args, output))
+        for name in names
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def run_once(model: nn.Module, example: Tensor | None, *, gradient: bool = False) -> Any:
+    """The output of one forward pass in eval mode, on `example` or zeros; the modes are then as they were."""
     modes = {module: module.training for module in model.modules()}
     try:
-        with torch.no_grad():
-            model.eval()(example_input(model) if example is None else example)
+        with torch.set_grad_enabled(gradient):
+            return model.eval()(example_input(model) if example is None else example)
     finally:
         for module, mode in modes.items():
             module.training = mode

@@ -7,7 +7,7 @@ dense module of their own, without masks or sharing.
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -157,6 +157,15 @@ class OutputDelta(Delta, ABC):
 def chosen(x: Any, outputs: Sequence[Any]) -> int:
     """Which of a block's outputs is adapted: the first, but not an input that is only passed on (coat's x1)."""
     return next((i for i, y in enumerate(outputs) if y is not x), 0)
+
+
+def adapted(x: Any, output: Any, delta: Callable[[Tensor], Tensor]) -> Any:
+    """A block's output, y + delta(y); of several outputs the `chosen` one, in a tuple or list of the same type."""
+    if not isinstance(output, (tuple, list)):
+        return output + delta(output)
+    at = chosen(x, output)
+    parts = [*output[:at], output[at] + delta(output[at]), *output[at + 1 :]]
+    return getattr(type(output), "_make", type(output))(parts)
 
 
 class AttentionDelta(Delta, ABC):

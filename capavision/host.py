@@ -37,7 +37,7 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from capavision.delta import AttentionDelta, Delta, OutputDelta, WeightDelta, chosen
+from capavision.delta import AttentionDelta, Delta, OutputDelta, WeightDelta, adapted
 from capavision.softmax import Prepend
 from capavision.wrappers import is_sharded
 
@@ -85,10 +85,7 @@ def _weight_body(base: type) -> dict[str, Any]:
 def _output_body(base: type) -> dict[str, Any]:
     def forward(host: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         y = base.forward(host, x, *args, **kwargs)  # type: ignore[attr-defined]
-        if not isinstance(y, (tuple, list)):
-            return y + host.delta(x, y)
-        at = chosen(x, y)
-        return type(y)([*y[:at], y[at] + host.delta(x, y[at]), *y[at + 1 :]])
+        return adapted(x, y, lambda y: host.delta(x, y))
 
     if issubclass(base, nn.Sequential):  # its own forward iterates over it, and must not meet the delta there
         return {"forward": forward, "__iter__": _links, "__len__": lambda host: sum(1 for _ in host)}

@@ -138,9 +138,12 @@ def inject(
     if tied(model):
         raise ValueError("the model is tied, and a tied model trains all of itself; capavision.fold(model) first")
     hosts = choose(model, method, targets, parts)
-    placed = measure(model, hosts, example) if method.placement is OutputDelta else {}
+    placed, named = {}, targets is not None
+    if method.placement is OutputDelta:
+        placed = measure(model, hosts, example, named=named)
     if method.placement is AttentionDelta:
-        placed = _attentions(model, hosts, example, named=targets is not None)
+        placed = _attentions(model, hosts, example, named=named)
+    if method.placement in (OutputDelta, AttentionDelta):
         hosts = {name: hosts[name] for name in placed}
     head = tuple(n for n in classifier(model) if n not in hosts)
     trained = tuple(method.trains(model))

@@ -74,11 +74,16 @@ def family_model(family):
     return calibrated(model, x), x
 
 
+def recorded(model, x):
+    """The output in eval mode, with its graph: torch may choose another kernel without one."""
+    model.train()  # clears what some models cache in eval
+    return model.eval()(x)
+
+
 def gradients(model, x):
     """The output in eval mode, and the gradient of a random projection of it; by parameter name."""
     model.zero_grad()
-    model.train()  # clears what some models cache in eval
-    y = model.eval()(x)
+    y = recorded(model, x)
     (y * seeded(lambda: torch.randn(y.shape, dtype=y.dtype))).sum().backward()
     model.train().eval()
     return y.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
@@ -124,17 +129,17 @@ def chain(model, x, method, targets, path):
     assert torch.equal(outputs(model, x), frozen), "the start is not the plain model"
 
     step(model, x)
-    adapted, found = outputs(model, x), gradients(model, x)[1]
+    adapted = recorded(model, x).detach()
     cv.save(model, path)
-    cv.load(path, fresh)
-    assert torch.equal(outputs(fresh, x), adapted), "another output after save and load"
+    loaded, found = gradients(cv.load(path, fresh), x)
+    assert torch.equal(loaded, adapted), "another output after save and load"
 
     cv.remove(model)
     check_removed(model, before)
     moved = movement(adapted, outputs(model, x))  # by the deltas alone: `model` keeps the trained classifier
     check = check_blocks if method.placement is cv.OutputDelta else check_weights
-    unused = check(fresh, x, report.hosts, found)
-    assert (outputs(fresh, x) - adapted).abs().max() < 1e-6 * moved, "another output after fold"
+    folded, unused = check(fresh, x, report.hosts, found)
+    assert (folded - adapted).abs().max() < 1e-6 * moved, "another output after fold"
     return Outcome(len(report.hosts), report.trained, unused, norms)
 
 
@@ -181,13 +186,13 @@ def silent(gradient):
 def check_weights(model, x, hosts, found):
     """Fold, per layer W + ΔW, and the deltas' gradients: those of the folded weights, carried on by the chain rule.
 
-    Returns the number of hosts whose own weight gets no gradient, and whose delta gets none for that reason.
+    Returns the folded model's output, and the number of hosts whose own weight gets no gradient, nor its delta then.
     """
     modules = {name: model.get_submodule(name) for name in hosts}
     bases = {name: host._parameters["weight"].detach() for name, host in modules.items()}
     deltas = {name: (host.delta, host.delta.weight()) for name, host in modules.items()}
     cv.fold(model)
-    weights = gradients(model, x)[1]
+    y, weights = gradients(model, x)
     unused = 0
     for name, (delta, product) in deltas.items():
         folded = modules[name].weight
@@ -203,16 +208,19 @@ def check_weights(model, x, hosts, found):
             ours = found.get(f"{name}.delta.{part}", torch.zeros_like(reference))
             wrong = (ours - reference).abs().max() > 1e-5 * reference.abs().max()
             assert not wrong, f"{name}.delta.{part} has another gradient than the chain rule gives"
-    return unused
+    return y, unused
 
 
 def check_blocks(model, x, hosts, found):
-    """Fold, per block the dense bottleneck against the masked one; the hosts whose own weights get no gradient."""
+    """Fold, per block the dense bottleneck against the masked one, and no delta dead where the block is not.
+
+    Returns the folded model's output, and the number of hosts whose own weights get no gradient.
+    """
     modules = {name: model.get_submodule(name) for name in hosts}
     masked = {name: host.delta for name, host in modules.items()}
     seen = arguments(model, x, masked)
     cv.fold(model)
-    own = gradients(model, x)[1]
+    y, own = gradients(model, x)
     unused = 0
     for name, delta in masked.items():
         with torch.no_grad():
@@ -223,7 +231,7 @@ def check_blocks(model, x, hosts, found):
         unused += not used
         for part, _ in delta.named_parameters():
             assert not used or not silent(found.get(f"{name}.delta.{part}")), f"{name}.delta.{part} is dead"
-    return unused
+    return y, unused
 
 
 def arguments(model, x, deltas):

@@ -2,6 +2,7 @@
 
 import math
 from collections import OrderedDict
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -445,6 +446,32 @@ def test_an_input_that_is_only_passed_on_is_not_the_output_adapted(kind):
     assert_moved(adapted, plain)
     torch.testing.assert_close(adapted, plain + model.body.delta(None, plain))
     assert torch.equal(model(x), adapted)
+
+
+def test_an_output_that_the_model_never_uses_is_not_adapted():
+    """The pixels that tnt's last block returns go nowhere: left out of the defaults, refused by name."""
+    model, x = awaken(create("tnt_s_legacy_patch16_224", img_size=32, depth=3)), images(32)
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=r"blocks\.2: the model makes no use of its first output, so an adapter there"):
+        cv.inject(model, cv.Adapter(rank=2), ["blocks.1", "blocks.2"], example=x)
+    assert_unchanged(model, before)
+    assert cv.inject(model, cv.Adapter(rank=2), example=x).hosts == ("blocks.0", "blocks.1")
+    lone = Streams(tuple)
+    lone.forward = lambda x: {"logits": lone.body(2 * x, x)[0]}
+    lone.body.forward = lambda x, z: (lone.body.proj(x), z)
+    assert cv.inject(lone, cv.Adapter(rank=2), "body", example=torch.zeros(3, 6)).hosts == ("body",)
+
+
+class Named(NamedTuple):
+    states: torch.Tensor
+    weights: torch.Tensor
+
+
+def test_a_named_tuple_stays_one():
+    model = Streams(lambda parts: Named(*reversed(parts)))
+    model.forward = lambda x: model.body(x, x).states
+    cv.inject(model, cv.Adapter(rank=2), "body", example=torch.zeros(3, 6))
+    assert type(model.body(torch.zeros(3, 6), torch.zeros(3, 6))) is Named
 
 
 def test_a_block_that_returns_no_tensor_is_refused():

@@ -434,6 +434,13 @@ def test_without_an_mlp_the_blocks_are_those_the_model_declares(name, first, las
     assert not any(a.startswith(f"{b}.") for a in found for b in found)
 
 
+def test_an_mlp_of_positions_is_no_blocks_mlp():
+    """vit_srelpos has one for all attentions, at the top level, whose result is added inside of them."""
+    model = meta("vit_srelpos_small_patch16_224")
+    assert mlps(model) == [f"blocks.{i}.mlp" for i in range(12)]
+    assert blocks(model) == [f"blocks.{i}" for i in range(12)]
+
+
 def test_without_a_declaration_the_blocks_are_the_outermost_modules_of_several_layers():
     from torchvision.models import resnet18
 
