@@ -20,7 +20,7 @@ GROUPS = ("attention", "mlp", "linear", "conv", "all")
 def near(name: str, choices: Iterable[str]) -> str:
     """The choices that read like `name`, for an error message; all of them if they are few."""
     choices = sorted(set(choices))
-    close = difflib.get_close_matches(name, choices, n=4, cutoff=0.5)
+    close = difflib.get_close_matches(name, choices, n=4, cutoff=0.6)
     close = close or (choices if len(choices) <= 12 else choices[:4])
     return "did you mean " + " or ".join(map(repr, close)) + "?" if close else "there is nothing to choose from"
 
