@@ -1,8 +1,9 @@
 """One .safetensors file per adapter: save, load; and the two ends of a delta's life: fold, remove.
 
-The file holds the trained values (deltas, head, whatever else was trained) and, as JSON, all it takes to use them on a
-fresh base: the injections, a checksum of their masks (the masks follow from the seed), how to build the base model, a
-fingerprint of its weights, class names, preprocessing. Nothing in it is code, and no pickle is read.
+The file holds the trained values (deltas, head, whatever else was trained; learned masks as bits) and, as JSON, all it
+takes to use them on a fresh base: the injections, a checksum of their static masks (which follow from the seed), how to
+build the base model, a fingerprint of its weights, class names, preprocessing. Nothing in it is code, and no pickle is
+read.
 """
 
 import dataclasses
@@ -17,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from capavision import host as hosting
-from capavision import masks
+from capavision import learned, masks
 from capavision.attention import classifier
 from capavision.base import Base, differences, fingerprint
 from capavision.delta import Delta, Method
@@ -67,7 +68,7 @@ def save(
     base = base or _derived_base(model)
     if base and tied(model):  # the file holds every weight, so nothing has to be fetched to load it
         base = dataclasses.replace(base, weights="random", hint="")
-    values = {name: whole(p) for name, p in trained(model).items()}
+    values = learned.packed(model, {name: whole(p) for name, p in trained(model).items()})
     metadata = {
         "format": FORMAT,
         "injections": [_to_json(plan) for plan in injections(model)],
@@ -338,6 +339,7 @@ def _check_masks(path: str | os.PathLike[str], metadata: dict[str, Any], model: 
 @torch.no_grad()
 def _restore(path: str | os.PathLike[str], model: nn.Module, tensors: dict[str, Tensor]) -> None:
     own = stored(model) if tied(model) else dict(model.named_parameters()) | trained(model)
+    tensors = learned.unpacked(path, model, tensors)
     missing = sorted(trained(model).keys() - tensors.keys())
     foreign = sorted(tensors.keys() - own.keys())
     if missing or foreign:
