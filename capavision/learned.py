@@ -26,7 +26,7 @@ from capavision.masks import Factor, uniform
 from capavision.wrappers import is_sharded
 
 MASK_RATIO = 30  # the learning rate of scores beside that of values
-_SCORES, _BITS = "scores", "bits"  # what a model has, and what its file has in its place
+SCORES, BITS = "scores", "bits"  # what a model has, and what its file has in its place
 
 
 def largest(scores: Tensor, keep: int) -> Tensor:
@@ -116,8 +116,8 @@ def packed(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """What a file stores: `tensors` of `model`, with the bits of its learned masks in place of their scores."""
     stored = dict(tensors)
     for name, factor in factors(model).items():
-        mask = largest(stored.pop(f"{name}.{_SCORES}"), factor.keep)
-        stored[f"{name}.{_BITS}"] = torch.from_numpy(np.packbits(mask.cpu().numpy().astype(bool)))
+        mask = largest(stored.pop(f"{name}.{SCORES}"), factor.keep)
+        stored[f"{name}.{BITS}"] = torch.from_numpy(np.packbits(mask.cpu().numpy().astype(bool)))
     return stored
 
 
@@ -132,22 +132,22 @@ def unpacked(path: str | os.PathLike[str], model: nn.Module, tensors: dict[str, 
     """
     restored = dict(tensors)
     for name, factor in factors(model).items():
-        shape, bits = factor.scores.shape, restored.pop(f"{name}.{_BITS}", None)
-        if f"{name}.{_SCORES}" in restored:
-            raise ValueError(f"{path} holds {name}.{_SCORES}, where capavision.save writes bits; save it again")
+        shape, bits = factor.scores.shape, restored.pop(f"{name}.{BITS}", None)
+        if f"{name}.{SCORES}" in restored:
+            raise ValueError(f"{path} holds {name}.{SCORES}, where capavision.save writes bits; save it again")
         if bits is None:
             continue
         length = -(-shape.numel() // 8)
         if bits.dtype is not torch.uint8 or bits.shape != (length,):
             found = f"{tuple(bits.shape)} of {str(bits.dtype).removeprefix('torch.')}"
-            raise ValueError(f"{path}: {name}.{_BITS} is {found}, and the model's masks are ({length},) of uint8")
+            raise ValueError(f"{path}: {name}.{BITS} is {found}, and the model's masks are ({length},) of uint8")
         mask = torch.from_numpy(np.unpackbits(bits.numpy(), count=shape.numel())).view(shape)
         ones = mask.flatten(1).sum(1).tolist()
         if ones != [factor.keep] * len(ones):
             raise ValueError(
-                f"{path} is damaged: the masks in {name}.{_BITS} keep {ones} entries, not {factor.keep} each; save it "
+                f"{path} is damaged: the masks in {name}.{BITS} keep {ones} entries, not {factor.keep} each; save it "
                 "again"
             )
         density, reach = factor.keep / shape[1:].numel(), shape[-1] ** -0.5
-        restored[f"{name}.{_SCORES}"] = reach * (1 - density + mask.double()) / 2
+        restored[f"{name}.{SCORES}"] = reach * (1 - density + mask.double()) / 2
     return restored

@@ -390,6 +390,14 @@ def test_a_file_holds_bits_and_one_prototype_and_no_scores(tmp_path):
     assert own == 4 * report.stored == 4 * (4 * 4 * 48 + 8 * 4 * 48 // 32)
 
 
+def test_a_card_counts_the_values_and_the_bytes_of_masks(tmp_path):
+    _, path = saved(tmp_path)
+    card = cv.model_card(path)
+    assert (
+        f"| values trained, without the head | {4 * 4 * 48:,}, and {8 * 4 * 48 // 8:,} bytes of learned masks |" in card
+    )
+
+
 def edited(path, change):
     with safe_open(path, "pt") as file:
         metadata = file.metadata()
