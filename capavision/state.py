@@ -368,8 +368,9 @@ def _check_masks(path: str | os.PathLike[str], metadata: dict[str, Any], model: 
 
 @torch.no_grad()
 def _restore(path: str | os.PathLike[str], model: nn.Module, tensors: dict[str, Tensor]) -> None:
-    own = stored(model) if tied(model) else dict(model.named_parameters()) | trained(model)
-    missing = sorted(trained(model).keys() - tensors.keys())
+    needed = trained(model)
+    own = needed if tied(model) else dict(model.named_parameters()) | needed
+    missing = sorted(needed.keys() - tensors.keys())
     foreign = sorted(tensors.keys() - own.keys())
     if missing or foreign:
         raise ValueError(f"{path} does not fit the model: missing {missing[:3]}, not in the model {foreign[:3]}")
