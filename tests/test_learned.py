@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import capavision as cv
-from capavision import masks
+from capavision import masks, state
 from capavision.learned import LearnedFactor, factors, largest
 from capavision.masks import Sharing
 from tests.conftest import (
@@ -388,6 +388,29 @@ def test_a_file_holds_bits_and_one_prototype_and_no_scores(tmp_path):
     report = cv.inject(awaken(tiny_vit(global_pool="avg")), LORA)
     own = sum(t.numel() * t.element_size() for name, t in tensors.items() if not name.startswith("head"))
     assert own == 4 * report.stored == 4 * (4 * 4 * 48 + 8 * 4 * 48 // 32)
+
+
+def test_a_file_changes_a_model_with_learned_masks_in_place_or_not_at_all(tmp_path, monkeypatch):
+    model, path = saved(tmp_path)
+    other, x = train(adapted(), mask_lr=0.2), images()
+    before, ids = snapshot(other), [id(p) for p in cv.parameters(other)]
+    assert_moved(outputs(other, x), outputs(model, x))
+
+    def interrupted(*args):
+        with torch.no_grad():
+            for f in factors(other).values():
+                f.scores.zero_()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(state, "_restore", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            cv.load(path, other)
+    assert_unchanged(other, before)
+    assert torch.equal(outputs(cv.load(path, other), x), outputs(model, x))
+    assert [id(p) for p in cv.parameters(other)] == ids
+    cv.inject(plain := awaken(tiny_vit(global_pool="avg")), cv.LoRA(rank=2))
+    assert torch.equal(outputs(cv.load(path, plain), x), outputs(model, x))
 
 
 def test_a_card_counts_the_values_and_the_bytes_of_masks(tmp_path):
