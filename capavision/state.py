@@ -132,7 +132,7 @@ def load(path: str | os.PathLike[str], model: nn.Module | None = None, *, check_
     written = [*tensors, *(name for plan in injections(inner) for name in plan.trained)]
     written += [f"{name}.{learned.SCORES}" for name in learned.factors(inner)]  # the file holds their bits
     with undone_on_error(inner, [own[name] for name in written if name in own]):
-        _make_way(inner, plans, tyings, metadata["num_classes"])
+        _make_way(inner, plans, metadata["num_classes"])
         pending = plans[len(injections(inner)) :]
         _check_fit(path, metadata, tensors, inner, pending, check_base)
         for tying in tyings[len(tied(inner)) :]:
@@ -305,7 +305,7 @@ def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tenso
     return metadata, tensors
 
 
-def _make_way(model: nn.Module, plans: list[Injection], tyings: list[Tying], num_classes: int | None) -> None:
+def _make_way(model: nn.Module, plans: list[Injection], num_classes: int | None) -> None:
     """Take out what the model carries, unless the file's plans are the same; a trained head gets the file's classes."""
     if not injections(model):
         return
