@@ -133,11 +133,19 @@ def _norm(tensor: Tensor) -> float:
     """To 7 digits; taken once for each version of a tensor, so that changing adapters costs milliseconds."""
     if tensor.is_inference():  # keeps no version
         return _measured(tensor)
-    version = (tensor._version, tensor.data_ptr(), tensor.dtype)
+    version = (tensor._version, tensor.data_ptr(), tensor.dtype, _sample(tensor))
     known = _norms.get(tensor)
     if known is None or known[0] != version:
         known = _norms[tensor] = (version, _measured(tensor))
     return known[1]
+
+
+def _sample(tensor: Tensor) -> Any:
+    """A few entries spread over the tensor, since what is written through `.data` leaves the version as it was."""
+    if hasattr(tensor, "full_tensor"):  # spread over processes, which must agree on whether to put it together
+        return None
+    count = math.ceil(16 ** (1 / max(tensor.ndim, 1)))
+    return tensor.detach()[tuple(slice(None, None, -(-size // count) or 1) for size in tensor.shape)].tolist()
 
 
 def _measured(tensor: Tensor) -> float:

@@ -239,6 +239,19 @@ def test_a_base_that_changed_since_is_noticed(files):
     assert fingerprint(model.half()) == fingerprint(copy.deepcopy(model))
 
 
+def test_a_base_written_through_data_is_another_base(tmp_path, files):
+    """`.data` leaves a tensor's version as it was; weights are often copied so."""
+    model = cv.load(files["capaboost"], base(3))
+    own = dict(model.named_parameters())
+    for name, other in base(3, seed=9).named_parameters():
+        own[name].data.copy_(other.data)
+    assert fingerprint(model) == fingerprint(copy.deepcopy(model))
+    model.pos_embed.data.mul_(1.01)
+    assert fingerprint(model) == fingerprint(copy.deepcopy(model))
+    with pytest.raises(ValueError, match="was trained on other base weights"):
+        cv.load(files["capaboost"], model)
+
+
 def test_a_tied_model_takes_another_file_of_the_same_tying(tmp_path):
     def tied(seed, masks=0):
         model = tiny_vit(depth=3, seed=seed)
