@@ -318,14 +318,22 @@ def _make_way(model: nn.Module, plans: list[Injection], num_classes: int | None)
 
 
 def _reset_classes(model: nn.Module, num_classes: int) -> None:
-    """A new head by timm's reset_classifier, where the old one was; its values come from the file."""
+    """A new head by timm's reset_classifier, where the old one was; its values come from the file.
+
+    The statistics of a norm in it (levit's) are the base's, which no file holds: the new one takes them over.
+    """
     if not callable(reset := getattr(model, "reset_classifier", None)):
         return
     like = next(p for p in model.parameters() if p.is_floating_point())
+    statistics = {name: buffer.clone() for name, buffer in model.named_buffers()}
     with torch.random.fork_rng(devices=[]):
         reset(num_classes)
-    for head in classifier(model).values():
-        head.to(like.device, like.dtype)  # timm 1.0.20 makes it in float32 on the CPU
+    for name, head in classifier(model).items():
+        head.to(like.device, like.dtype).train(model.training)  # timm 1.0.20: float32, on the CPU, in train mode
+        for inner, buffer in head.named_buffers(prefix=name):
+            buffer.copy_(statistics.get(inner, buffer))
+    if any(plan.freeze_norm for plan in injections(model)):
+        hosting.freeze_batch_norm(model)
 
 
 def _check_fit(

@@ -100,6 +100,23 @@ def test_several_injections_take_the_place_of_one(tmp_path, files):
     assert_same_model(cv.load(files["prefix"], model), cv.load(files["prefix"], base()))
 
 
+@pytest.mark.parametrize("method", [cv.LoRA(rank=2), cv.LoRA(rank=3)], ids=["equal settings", "other settings"])
+def test_a_norm_in_the_head_keeps_the_bases_statistics(tmp_path, method):
+    def levit(classes):
+        model = create("levit_128s", num_classes=classes)
+        model.head.bn.running_mean.fill_(0.5)
+        return model
+
+    write(tmp_path / "3.safetensors", levit(3), cv.LoRA(rank=2))
+    write(tmp_path / "7.safetensors", levit(7), method)
+    model = cv.load(tmp_path / "3.safetensors", levit(3))
+    expected = outputs(cv.load(tmp_path / "7.safetensors", levit(7)), images(224))
+    cv.load(tmp_path / "7.safetensors", model)
+    assert torch.equal(outputs(model, images(224)), expected)
+    cv.save(model, tmp_path / "again.safetensors")
+    assert type(cv.remove(model).head.bn) is torch.nn.BatchNorm1d
+
+
 @pytest.mark.parametrize("freeze", [True, False])
 def test_batch_norms_change_with_their_adapter(tmp_path, freeze):
     def resnet():
