@@ -72,7 +72,7 @@ def save(
     values = learned.packed(model, {name: whole(p) for name, p in trained(model).items()})
     metadata = {
         "format": FORMAT,
-        "injections": [_to_json(plan) for plan in injections(model)],
+        "injections": [_to_json(plan) for plan in _with_others(model)],
         "tyings": [plan.settings() for plan in tied(model)],
         "masks": _checksum(model),
         "base": dataclasses.asdict(base) if base else None,
@@ -251,12 +251,27 @@ def trained(model: nn.Module) -> dict[str, Tensor]:
     """Deltas, head and the base's trained tensors whatever their flags say now, and all else that is being trained."""
     if tied(model):  # a tied model is stored whole
         return stored(model)
-    own = [name for name, m in model.named_modules() if isinstance(m, Delta)]
-    own += [name for plan in injections(model) for name in plan.head] + list(classifier(model))
-    prefixes = tuple(f"{name}." for name in own)
-    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad or name.startswith(prefixes)}
+    ours = _ours(model)
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad or name.startswith(ours)}
     tensors = base_tensors(model)
     return parameters | {name: tensors[name] for plan in injections(model) for name in plan.trained}
+
+
+def _ours(model: nn.Module) -> tuple[str, ...]:
+    """How the names of all parameters of deltas and heads begin."""
+    modules = [name for name, m in model.named_modules() if isinstance(m, Delta)]
+    modules += [name for plan in injections(model) for name in plan.head] + list(classifier(model))
+    return tuple(f"{name}." for name in modules)
+
+
+def _with_others(model: nn.Module) -> list[Injection]:
+    """The injections, with what the user let train beside them in the last one: load and remove then know of it."""
+    plans = injections(model)
+    if not plans:
+        return []
+    ours, known = _ours(model), {name for plan in plans for name in plan.trained}
+    others = [name for name in trained(model) if name not in known and not name.startswith(ours)]
+    return [*plans[:-1], dataclasses.replace(plans[-1], trained=(*plans[-1].trained, *others))]
 
 
 def _derived_base(model: nn.Module) -> Base | None:

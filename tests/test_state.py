@@ -150,6 +150,22 @@ def test_other_parameters_that_were_trained_are_saved_too(tmp_path):
     assert torch.equal(outputs(fresh, x), outputs(model, x))
 
 
+def test_other_parameters_that_were_trained_stay_known_after_loading(tmp_path):
+    """Saved again, taken back by remove, and by load of a file that does not have them."""
+    model, plain, x = adapted(tiny_vit()), tiny_vit(), images()
+    model.norm.weight.requires_grad_(True)
+    with torch.no_grad():
+        model.norm.weight.add_(0.3)
+    first = written(tmp_path / "first.safetensors", model)
+    loaded = cv.load(first, tiny_vit())
+    assert loaded.norm.weight.requires_grad
+    again = cv.load(written(tmp_path / "again.safetensors", loaded), tiny_vit())
+    assert torch.equal(outputs(again, x), outputs(model, x))
+    without = written(tmp_path / "without.safetensors", adapted(tiny_vit(), seed=3))
+    assert torch.equal(outputs(cv.load(without, again), x), outputs(cv.load(without, tiny_vit()), x))
+    assert torch.equal(cv.remove(loaded).norm.weight, plain.norm.weight)
+
+
 def test_values_are_saved_whatever_their_flags_say_now(tmp_path):
     model, fresh, x = adapted(tiny_vit()), tiny_vit(), images()
     model.requires_grad_(False)
