@@ -223,7 +223,14 @@ def _check_replaced(model: nn.Module) -> None:
             "load; do that first (reset_classifier, prune_intermediate_layers, reparameterize_model), then inject"
         )
     moving = {name for plan in injections(model) for name in plan.trained}
+    hosts = {name for plan in injections(model) for name in plan.hosts}
     for name, module in model.named_modules():
+        if name not in hosts and isinstance(getattr(module, hosting.SLOT, None), Delta):
+            raise ValueError(
+                f"{name} ({type(module).__name__}) carries a delta of no injection: fold made it dense, or it came "
+                "with a module from another model, and the file would not load; inject into a model that was not "
+                "folded, or keep this one's state_dict"
+            )
         kept = hosting.is_swapped(module) or f"{name}.running_mean" in moving
         if hosting.is_batch_norm(module) and not kept:
             raise ValueError(

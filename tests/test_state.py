@@ -280,6 +280,15 @@ def test_a_model_that_is_not_timms_is_loaded_onto_the_given_one(tmp_path):
     assert torch.equal(cv.load(path, fresh)(x), model(x))
 
 
+def test_a_folded_adapter_beside_an_injection_is_not_saved(tmp_path):
+    model = cv.fold(adapted(tiny_vit(), cv.Adapter(rank=2)))
+    with pytest.raises(
+        ValueError, match=r"blocks\.0 \(ExtendedBlock\) carries a delta of no injection: fold made it den"
+    ):
+        written(tmp_path / "it.safetensors", adapted(model))
+    assert not list(tmp_path.iterdir())
+
+
 # Refusals: the given model stays as it was ----------------------------------------------------------------------------
 
 
