@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from capavision import host as hosting
 from capavision.attention import classifier, weight_of
-from capavision.channels import measure
+from capavision.channels import Example, measure
 from capavision.delta import AttentionDelta, Delta, Method, OutputDelta, Rows, Site, WeightDelta
 from capavision.softmax import look
 from capavision.targets import Parts, Spans, Targets, choose
@@ -96,7 +96,7 @@ def inject(
     *,
     seed: int = 0,
     freeze_norm: bool = True,
-    example: Tensor | None = None,
+    example: Example | None = None,
 ) -> Report:
     """Put `method` into `model`: chosen hosts gain a delta, everything else but the classifier is frozen.
 
@@ -115,7 +115,8 @@ def inject(
         seed: of initial values and masks. Each host draws from its own key, so the order of modules does not matter.
         freeze_norm: keep batch norms in eval for good. If not, their statistics move, are saved, and are put back by
             `remove`.
-        example: one input batch, needed only to adapt blocks of a model that does not tell its input size.
+        example: one input batch, or a mapping of them by name; needed only to adapt blocks or attentions of a model
+            that does not tell its input size.
 
     Returns:
         Report: hosts, shapes and trained values.
@@ -155,7 +156,7 @@ def inject(
 
 
 def _attentions(
-    model: nn.Module, hosts: Collection[str], example: Tensor | None, *, named: bool
+    model: nn.Module, hosts: Collection[str], example: Example | None, *, named: bool
 ) -> dict[str, tuple[int, int, int]]:
     """The sizes of those attentions that can take keys and values; all of them must where the user named them."""
     found = look(model, hosts, example)
