@@ -146,13 +146,18 @@ def inject(
         placed = _attentions(model, hosts, example, named=named)
     if method.placement in (OutputDelta, AttentionDelta):
         hosts = {name: hosts[name] for name in placed}
-    head = tuple(n for n in classifier(model) if n not in hosts)
+    head = whole_head(model, hosts)
     trained = tuple(method.trains(model))
     if not hosts and not head and not trained:
         raise ValueError(f"{type(model).__name__} has no classifier, so {type(method).__name__} has nothing to train")
     if not freeze_norm:
         trained += hosting.batch_norm_statistics(model)
     return apply(model, Injection(method, seed, hosts, placed, head, trained, freeze_norm=freeze_norm))
+
+
+def whole_head(model: nn.Module, hosts: Collection[str]) -> tuple[str, ...]:
+    """The classifier by name, which is trained as it stands; a host in it gets a delta instead."""
+    return tuple(name for name in classifier(model) if name not in hosts)
 
 
 def _attentions(

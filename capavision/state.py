@@ -23,7 +23,7 @@ from capavision.base import Base, differences, fingerprint
 from capavision.delta import Delta, Method
 from capavision.files import write_tensors
 from capavision.hub import fetched
-from capavision.inject import Injection, apply, base_tensors, injections
+from capavision.inject import Injection, apply, base_tensors, injections, whole_head
 from capavision.targets import near, refuse_taken
 from capavision.tying import Tying, masks_of, stored, tie, tied, undone_on_error, untie
 from capavision.wrappers import RECORD, bare, refuse_sharded, whole
@@ -70,7 +70,7 @@ def save(
     values = {name: whole(p) for name, p in trained(model).items()}
     metadata = {
         "format": FORMAT,
-        "injections": [_to_json(plan) for plan in injections(model)],
+        "injections": [_to_json(plan, model) for plan in injections(model)],
         "tyings": [plan.settings() for plan in tied(model)],
         "masks": _checksum(model),
         "base": dataclasses.asdict(base) if base else None,
@@ -200,8 +200,9 @@ def remove(model: nn.Module) -> nn.Module:
 
 def _release(model: nn.Module, keep: type | None = None) -> None:
     if plans := injections(model):
+        newer = tuple(f"{name}." for name in whole_head(model, {*plans[0].hosts, *plans[0].head}))
         for name, p in model.named_parameters():
-            p.requires_grad_(name in plans[0].frozen)
+            p.requires_grad_(name in plans[0].frozen or name.startswith(newer))
         delattr(model, RECORD)
     for module in list(model.modules()):
         if keep is None or not isinstance(getattr(module, hosting.SLOT, None), keep):
@@ -256,7 +257,8 @@ def _derived_base(model: nn.Module) -> Base | None:
     return Base(name, img_size=size[0] if size and size[0] != cfg["input_size"][-1] else None)
 
 
-def _to_json(plan: Injection) -> dict[str, Any]:
+def _to_json(plan: Injection, model: nn.Module) -> dict[str, Any]:
+    plan = dataclasses.replace(plan, head=whole_head(model, plan.hosts))  # reset_classifier may have changed it
     fields = {f.name: getattr(plan, f.name) for f in dataclasses.fields(plan) if f.name not in ("frozen", "originals")}
     return {**fields, "method": {"name": plan.method.name, **dataclasses.asdict(plan.method)}}  # type: ignore[call-overload]
 
