@@ -249,7 +249,8 @@ def test_a_head_that_was_reset_is_trained_and_saved(arm, tmp_path):
 
 @pytest.mark.parametrize("end", [cv.fold, cv.remove])
 def test_a_head_that_came_after_inject_is_trained_in_whoever_loads_the_file(end, tmp_path):
-    model, fresh, x = tiny_vit(num_classes=0), tiny_vit(num_classes=0), images()
+    model, x = awaken(tiny_vit(num_classes=0)), images()
+    fresh = twin(model)
     cv.inject(model, LORA)
     for each in (model, fresh):
         seeded(lambda each=each: each.reset_classifier(7))
