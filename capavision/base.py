@@ -1,13 +1,14 @@
 """The timm model underneath: enough to build it again, and a fingerprint that tells it from another checkpoint."""
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, MutableMapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import nn
+from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from capavision.attention import classifier
 from capavision.delta import Delta
@@ -15,6 +16,7 @@ from capavision.files import cache_dir
 from capavision.targets import near
 from capavision.wrappers import whole
 
+_norms: MutableMapping[Tensor, tuple[Any, float]] = WeakTensorKeyDictionary()  # with the version that was measured
 # Arguments of timm.create_model that choose weights and files, or return something else than the model
 _RESERVED = {"model_name", "num_classes", "features_only", "out_indices", "feature_cls", "feature_cfg", "model_cfg"}
 _RESERVED |= {"pruned", "kwargs_filter", "scriptable", "exportable", "no_jit"}
@@ -153,11 +155,24 @@ def fingerprint(model: nn.Module, trained: Collection[str] = ()) -> dict[str, fl
     aliases = {name for name, _ in model.named_parameters(remove_duplicate=False)}  # of a module shared by several
     aliases -= {name for name, _ in model.named_parameters()}
     left_out = aliases.union(trained)
-    base = {k: v for k, v in model.state_dict().items() if not k.startswith(prefixes) and k not in left_out}
-    floats = {name: tensor for name, tensor in base.items() if tensor.is_floating_point()}
-    return {
-        name: float(f"{whole(tensor.detach()).cpu().double().norm().item():.7g}") for name, tensor in floats.items()
-    }
+    everything = model.state_dict(keep_vars=True)
+    base = {k: v for k, v in everything.items() if not k.startswith(prefixes) and k not in left_out}
+    return {name: _norm(tensor) for name, tensor in base.items() if tensor.is_floating_point()}
+
+
+def _norm(tensor: Tensor) -> float:
+    """To 7 digits; taken once for each version of a tensor, so that changing adapters costs milliseconds."""
+    if tensor.is_inference():  # keeps no version
+        return _measured(tensor)
+    version = (tensor._version, tensor.data_ptr(), tensor.dtype)
+    known = _norms.get(tensor)
+    if known is None or known[0] != version:
+        known = _norms[tensor] = (version, _measured(tensor))
+    return known[1]
+
+
+def _measured(tensor: Tensor) -> float:
+    return float(f"{whole(tensor.detach()).cpu().double().norm().item():.7g}")
 
 
 def differences(expected: Mapping[str, float], found: Mapping[str, float], tolerance: float = 1e-4) -> list[str]:

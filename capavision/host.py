@@ -166,7 +166,7 @@ def is_swapped(module: nn.Module) -> bool:
 def attach(host: nn.Module, delta: Delta) -> None:
     """Give `host` a delta and the class that uses it. The host must not have one yet."""
     assert not is_swapped(host)
-    setattr(host, SLOT, delta)
+    setattr(host, SLOT, delta.train(host.training))
     kinds = {"Adapted": WeightDelta, "Extended": OutputDelta, "Prefixed": AttentionDelta}
     _swap(host, next(kind for kind, placement in kinds.items() if isinstance(delta, placement)))
 

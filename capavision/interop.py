@@ -27,7 +27,8 @@ from capavision.inject import inject, injections
 from capavision.methods.lora import LoRA
 from capavision.peft_format import Layer, read, write
 from capavision.rehearsal import refuse_inexact
-from capavision.state import refuse_unsavable, remove, trained
+from capavision.rollback import undone_on_error
+from capavision.state import refuse_unsavable, trained
 from capavision.targets import near, refuse_taken
 
 WRAPPED = "timm_model"  # where the TimmWrapper models of transformers keep the timm model
@@ -169,13 +170,9 @@ def from_peft(path: str | os.PathLike[str], model: nn.Module, *, example: Tensor
     for name, layer in layers.items():
         _check_layer(path, model, name, layer)
     refuse_inexact(model, layers, example)
-    try:
-        _inject(model, layers)
-    except BaseException:  # Ctrl-C too leaves the model as it was
-        remove(model)
-        raise
     own = dict(model.named_parameters())
-    with torch.no_grad():
+    with undone_on_error(model, [own[name] for name in head]), torch.no_grad():
+        _inject(model, layers)
         for name, value in head.items():
             own[name].copy_(value)
     return model

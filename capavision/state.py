@@ -24,8 +24,9 @@ from capavision.delta import Delta, Method
 from capavision.files import write_tensors
 from capavision.hub import fetched
 from capavision.inject import Injection, apply, base_tensors, injections, whole_head
+from capavision.rollback import undone_on_error
 from capavision.targets import near, refuse_taken
-from capavision.tying import Tying, masks_of, stored, tie, tied, undone_on_error, untie
+from capavision.tying import Tying, masks_of, stored, tie, tied, untie
 from capavision.wrappers import RECORD, bare, refuse_sharded, whole
 
 FORMAT = 1
@@ -97,10 +98,15 @@ def refuse_unsavable(model: nn.Module) -> None:
 def load(path: str | os.PathLike[str], model: nn.Module | None = None, *, check_base: bool = True) -> nn.Module:
     """The model that was saved: `model` (or the rebuilt timm model) with the file's deltas and head.
 
+    A model that carries deltas already changes to the file's in place, in milliseconds: the deltas, the head (with the
+    file's number of classes, where timm's reset_classifier can make it), and all else that was trained. Where both were
+    made with the same settings and seed, their values alone are written, so that a compiled graph stays valid.
+
     Args:
         path: a file written by `save`, or "hf-hub:user/name", a repo on the Hugging Face hub (add @revision for one
             of its branches, tags or commits).
-        model: the base, with as many classes as the file; None builds it with timm as the file says.
+        model: the base, with as many classes as the file, or a model that carries deltas; None builds the base with
+            timm as the file says.
         check_base: refuse a base whose weights are not those the deltas were trained on.
 
     Returns:
@@ -120,26 +126,25 @@ def load(path: str | os.PathLike[str], model: nn.Module | None = None, *, check_
         base = Base(**metadata["base"]) if metadata["base"] else None
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: its metadata is damaged ({error!r}); save it again") from error
-    built = model is None
     if model is None:
         if base is None:
             raise ValueError(f"{path} does not say how its base model was built; pass it: load(path, model=…)")
         model = base.build(metadata["num_classes"]).eval()
-    given, model = model, bare(model)
-    refuse_sharded(model, "load before fully_shard")
-    _check_fit(path, metadata, tensors, model, plans, check_base)
-    try:
-        with undone_on_error(model):
-            for tying in tyings:
-                tie(model, **tying.settings())
-            for plan in plans:
-                apply(model, plan)
-            _check_masks(path, metadata, model)
-            _restore(path, model, tensors)
-    except BaseException:  # Ctrl-C too leaves the model as it was
-        remove(model)
-        raise
-    return given if not built else given.eval()
+    inner = bare(model)
+    refuse_sharded(inner, "load before fully_shard")
+    own = base_tensors(inner)
+    written = [*tensors, *(name for plan in injections(inner) for name in plan.trained)]
+    with undone_on_error(inner, [own[name] for name in written if name in own]):
+        _make_way(inner, plans, tyings, metadata["num_classes"])
+        pending = plans[len(injections(inner)) :]
+        _check_fit(path, metadata, tensors, inner, pending, check_base)
+        for tying in tyings[len(tied(inner)) :]:
+            tie(inner, **tying.settings())
+        for plan in pending:
+            apply(inner, plan)
+        _check_masks(path, metadata, inner)
+        _restore(path, inner, tensors)
+    return model
 
 
 def describe(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -216,21 +221,26 @@ def _release(model: nn.Module, keep: type | None = None) -> None:
 
 def _check_replaced(model: nn.Module) -> None:
     """Raise ValueError if a file could not bring the model back: a host or a frozen norm was replaced after inject."""
-    modules = dict(model.named_modules())
-    for name in [name for plan in injections(model) for name in plan.hosts]:
-        if not isinstance(getattr(modules.get(name), hosting.SLOT, None), Delta):
-            raise ValueError(
-                f"{name} has lost its delta: the module was replaced or taken out after inject, and the file would not "
-                "load; do that first (reset_classifier, prune_intermediate_layers, reparameterize_model), then inject"
-            )
+    for name in _lost(model):
+        raise ValueError(
+            f"{name} has lost its delta: the module was replaced or taken out after inject, and the file would not "
+            "load; do that first (reset_classifier, prune_intermediate_layers, reparameterize_model), then inject"
+        )
     moving = {name for plan in injections(model) for name in plan.trained}
-    for name, module in modules.items():
+    for name, module in model.named_modules():
         kept = hosting.is_swapped(module) or f"{name}.running_mean" in moving
         if hosting.is_batch_norm(module) and not kept:
             raise ValueError(
                 f"{name} ({type(module).__name__}) came after inject and keeps statistics, which have no place in the "
                 "file; do first what brought it (convert_sync_batchnorm, reset_classifier), then inject"
             )
+
+
+def _lost(model: nn.Module) -> list[str]:
+    """The hosts that carry no delta any more."""
+    modules = dict(model.named_modules())
+    hosts = [name for plan in injections(model) for name in plan.hosts]
+    return [name for name in hosts if not isinstance(getattr(modules.get(name), hosting.SLOT, None), Delta)]
 
 
 def _factors(model: nn.Module) -> list[masks.Factor]:
@@ -302,6 +312,29 @@ def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tenso
     return metadata, tensors
 
 
+def _make_way(model: nn.Module, plans: list[Injection], tyings: list[Tying], num_classes: int | None) -> None:
+    """Take out what the model carries, unless the file's plans are the same; a trained head gets the file's classes."""
+    if not injections(model):
+        return
+    own_head = classifier(model).keys() <= {name for plan in injections(model) for name in plan.head}
+    own_plans = [dataclasses.replace(plan, frozen=()) for plan in injections(model)]
+    if own_plans != plans or _lost(model):
+        remove(model)
+    if own_head and num_classes is not None and num_classes != getattr(model, "num_classes", None):
+        _reset_classes(model, num_classes)
+
+
+def _reset_classes(model: nn.Module, num_classes: int) -> None:
+    """A new head by timm's reset_classifier, where the old one was; its values come from the file."""
+    if not callable(reset := getattr(model, "reset_classifier", None)):
+        return
+    like = next(p for p in model.parameters() if p.is_floating_point())
+    with torch.random.fork_rng(devices=[]):
+        reset(num_classes)
+    for head in classifier(model).values():
+        head.to(like.device, like.dtype)  # timm 1.0.20 makes it in float32 on the CPU
+
+
 def _check_fit(
     path: str | os.PathLike[str],
     metadata: dict[str, Any],
@@ -312,10 +345,8 @@ def _check_fit(
 ) -> None:
     if plans and metadata.get("tyings"):
         raise ValueError(f"{path}: its metadata is damaged (deltas in a tied model); save it again")
-    if injections(model):
-        raise ValueError(f"the model carries deltas already; capavision.remove(model) first, then load {path}")
-    if tied(model):
-        raise ValueError(f"the model is tied already; create a fresh one, then load {path}")
+    if tied(model) and [plan.settings() for plan in tied(model)] != metadata.get("tyings"):
+        raise ValueError(f"the model is tied already, and not as in {path}; create a fresh one, then load it")
     classes = getattr(model, "num_classes", None)
     if metadata["num_classes"] != classes:
         raise ValueError(
@@ -355,8 +386,9 @@ def _check_masks(path: str | os.PathLike[str], metadata: dict[str, Any], model: 
 
 @torch.no_grad()
 def _restore(path: str | os.PathLike[str], model: nn.Module, tensors: dict[str, Tensor]) -> None:
-    own = stored(model) if tied(model) else dict(model.named_parameters()) | trained(model)
-    missing = sorted(trained(model).keys() - tensors.keys())
+    needed = trained(model)
+    own = needed if tied(model) else dict(model.named_parameters()) | needed
+    missing = sorted(needed.keys() - tensors.keys())
     foreign = sorted(tensors.keys() - own.keys())
     if missing or foreign:
         raise ValueError(f"{path} does not fit the model: missing {missing[:3]}, not in the model {foreign[:3]}")

@@ -18,9 +18,8 @@ How it works:
     host.__class__ = MaskedLinear            # `weight` is W ⊙ M_l: capavision.host; autograd sums over the depths
 """
 
-import contextlib
 import fnmatch
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -151,23 +150,6 @@ def masks_of(model: nn.Module) -> list[Tensor]:
     """The masks of all depths, by module name."""
     hosts = [module for _, module in sorted(model.named_modules()) if hosting.is_masked(module)]
     return [host.get_buffer("mask") for host in hosts]
-
-
-@contextlib.contextmanager
-def undone_on_error(model: nn.Module) -> Iterator[None]:
-    """Should the block of code fail, give the untied `model` the parameters and classes back that it had before."""
-    assert not tied(model)
-    own = [(module, dict(module._parameters)) for module in model.modules()]
-    try:
-        yield
-    except BaseException:
-        for module, parameters in own:
-            if hosting.is_masked(module):
-                hosting.unmask(module)
-            module._parameters.update(parameters)
-        if tied(model):
-            delattr(model, RECORD)
-        raise
 
 
 def _resolve(model: nn.Module, blocks: str | Sequence[str]) -> tuple[str, ...]:

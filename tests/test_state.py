@@ -417,14 +417,6 @@ def test_describe_refuses_what_load_refuses(tmp_path, name):
         cv.describe(path)
 
 
-def test_a_model_that_carries_deltas_is_refused(tmp_path):
-    path, model = written(tmp_path / "it.safetensors"), adapted(tiny_vit())
-    before = snapshot(model)
-    with pytest.raises(ValueError, match=r"the model carries deltas already; capavision\.remove\(model\) first"):
-        cv.load(path, model)
-    assert_unchanged(model, before)
-
-
 def test_a_model_with_folded_adapters_is_refused(tmp_path):
     path = written(tmp_path / "it.safetensors", adapted(tiny_vit(), cv.Adapter(rank=2)))
     model = cv.fold(adapted(tiny_vit(), cv.Adapter(rank=2)))
