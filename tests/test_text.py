@@ -137,3 +137,18 @@ def test_a_batch_by_name_serves_as_the_example_and_one_by_place_does():
         cv.inject(model, cv.Adapter(where="houlsby"), example=example)
         sizes.append([tuple(p.shape) for delta in deltas(model).values() for p in delta.parameters()])
     assert sizes[0] == sizes[1] == sizes[2]
+
+
+def test_a_lora_of_bert_goes_to_peft_and_back(tmp_path):
+    peft = pytest.importorskip("peft")
+    model, tokens = encoder("bert with a classifier"), batch()
+    theirs, again = twin(model), twin(model)
+    plain = run(model, tokens)
+    cv.inject(model, cv.LoRA(rank=2, branches=2))
+    expected = run(awaken_deltas(model), tokens)
+    assert_moved(expected, plain)
+    cv.to_peft(model, tmp_path / "adapter", example=tokens)
+    theirs = peft.PeftModel.from_pretrained(theirs, tmp_path / "adapter").double().eval()
+    torch.testing.assert_close(run(theirs, tokens), expected, rtol=1e-6, atol=1e-6)  # PEFT makes its layers in float32
+    again = cv.from_peft(tmp_path / "adapter", again, example=tokens)
+    torch.testing.assert_close(run(again, tokens), expected, rtol=1e-6, atol=1e-6)
