@@ -10,7 +10,7 @@
 from capavision import methods as methods
 from capavision.base import Base
 from capavision.delta import AttentionDelta, Delta, Factors, Method, OutputDelta, Site, WeightDelta
-from capavision.inject import Report, inject, parameters
+from capavision.inject import Report, inject, parameter_groups, parameters
 from capavision.interop import from_peft, to_peft
 from capavision.methods.adapter import Adapter
 from capavision.methods.bitfit import BitFit
@@ -54,6 +54,7 @@ __all__ = [
     "inject",
     "load",
     "model_card",
+    "parameter_groups",
     "parameters",
     "push_to_hub",
     "remove",

@@ -7,18 +7,16 @@ dense module of their own, without masks or sharing.
 
 import inspect
 import itertools
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from capavision.masks import stream
+from capavision.masks import uniform
 
 
 @dataclass(frozen=True)
@@ -53,10 +51,7 @@ class Site:
 
         From the site's key, hence the same on every machine and version, and free to be rebuilt instead of saved.
         """
-        words = stream(f"{self.key(factor)}/init", math.prod(shape))
-        unit: Tensor = torch.from_numpy((words >> np.uint64(11)).astype(np.float64) * 2.0**-53).view(shape)
-        bound: float = shape[-1] ** -0.5
-        return ((2 * unit - 1) * bound).to(self.like)
+        return uniform(f"{self.key(factor)}/init", *shape).to(self.like)
 
 
 class Delta(nn.Module):

@@ -1,5 +1,6 @@
 """Choose hosts, build deltas, freeze the base, report: `inject` either does all of it or leaves the model untouched."""
 
+import math
 from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -11,6 +12,7 @@ from capavision import host as hosting
 from capavision.attention import classifier, weight_of
 from capavision.channels import Example, measure
 from capavision.delta import AttentionDelta, Delta, Method, OutputDelta, Rows, Site, WeightDelta
+from capavision.learned import MASK_RATIO, factors, share
 from capavision.softmax import look
 from capavision.targets import Parts, Spans, Targets, choose
 from capavision.tying import tied
@@ -44,6 +46,8 @@ class Report:
     rows: tuple[tuple[str, str, str, int], ...]  # host or own parameter, its kind and shape, parts, trained values
     head: int
     total: int
+    shared: int = 0  # values of the prototypes that all hosts of learned masks share
+    scores: int = 0  # of learned masks, among the rows' values
 
     @property
     def hosts(self) -> tuple[str, ...]:
@@ -53,7 +57,12 @@ class Report:
     @property
     def trained(self) -> int:
         """Values of all deltas and of the base's own trained parameters, the head not counted."""
-        return sum(row[3] for row in self.rows)
+        return sum(row[3] for row in self.rows) + self.shared
+
+    @property
+    def stored(self) -> int:
+        """What a file holds of them, in values of 32 bits: a score of a learned mask counts 1/32, as ProPETL counts."""
+        return self.trained - self.scores + math.ceil(self.scores / 32)
 
     def __str__(self) -> str:
         groups: dict[tuple[str, str, int], list[str]] = {}
@@ -66,6 +75,9 @@ class Report:
         share = f"{100 * self.trained / max(self.total, 1):.3f} % of {self.total:,}"
         where = f"{len(self.rows)} {'hosts' if self.method.placement else 'tensors'}"
         lines.append(f"  trained {self.trained:,} ({share}) in {where}; head {self.head:,}")
+        if self.scores:
+            shared = f"{self.shared:,} values are shared by hosts, {self.scores:,} are scores, stored as a bit each"
+            lines.append(f"  stored {self.stored:,}: {shared}")
         return "\n".join(lines)
 
 
@@ -86,6 +98,27 @@ def parameters(model: nn.Module) -> list[nn.Parameter]:
     >>> optimizer = torch.optim.AdamW(parameters(model), lr=1e-3)  # doctest: +SKIP
     """
     return [p for p in model.parameters() if p.requires_grad]
+
+
+def parameter_groups(model: nn.Module, lr: float, *, mask_lr: float | None = None) -> list[dict[str, Any]]:
+    """The trained parameters as an optimizer's groups: the scores of learned masks take steps of their own size.
+
+    Args:
+        model: an injected model, wrapped or not; without learned masks there is one group.
+        lr: the learning rate of values and head.
+        mask_lr: that of scores, which get no weight decay: pulling all of them to 0 would change no mask. None is
+            30 · lr, ProPETL's ratio for adapters (3e-3 beside 1e-4; for LoRA it takes 300, for prefixes 1).
+
+    >>> groups = parameter_groups(model, lr=1e-3)  # doctest: +SKIP
+    >>> optimizer = torch.optim.AdamW(groups, weight_decay=1e-4)  # doctest: +SKIP
+    """
+    scores = [factor.scores for factor in factors(model).values() if factor.scores.requires_grad]
+    ids = set(map(id, scores))
+    groups: list[dict[str, Any]] = [{"params": [p for p in parameters(model) if id(p) not in ids], "lr": lr}]
+    if scores:
+        own = MASK_RATIO * lr if mask_lr is None else mask_lr
+        groups.append({"params": scores, "lr": own, "weight_decay": 0.0})
+    return groups
 
 
 def inject(
@@ -176,6 +209,7 @@ def _attentions(
 def apply(model: nn.Module, plan: Injection) -> Report:
     """Carry out a plan whose hosts are known: build every delta first, then attach, freeze and record."""
     deltas = {name: _build(model, plan, name) for name in plan.hosts}
+    share(deltas.values())
     frozen = tuple(name for name, p in model.named_parameters() if p.requires_grad)
     tensors = base_tensors(model)
     originals = {name: _spare(tensors[name].detach()) for name in plan.trained}
@@ -224,11 +258,13 @@ def _build(model: nn.Module, plan: Injection, name: str) -> Delta:
 
 def _report(model: nn.Module, plan: Injection) -> Report:
     rows = []
+    learned = [f for name in plan.hosts for f in factors(getattr(model.get_submodule(name), hosting.SLOT)).values()]
+    shared = {factor.prototype for factor in learned}
     for name, parts in plan.hosts.items():
         host = model.get_submodule(name)
         base = type(host).__mro__[1].__name__
         shape = f" {tuple(weight_of(host).shape)}" if plan.method.placement is WeightDelta else ""
-        values = sum(p.numel() for p in getattr(host, hosting.SLOT).parameters())
+        values = sum(p.numel() for p in getattr(host, hosting.SLOT).parameters() if p not in shared)
         rows.append((name, base + shape, ", ".join(parts), values))
     own = dict(model.named_parameters())
     for name in [name for name in plan.trained if name in own]:
@@ -237,4 +273,6 @@ def _report(model: nn.Module, plan: Injection) -> Report:
         rows.append((name, kind, "", own[name].numel()))
     deltas = {p for m in model.modules() if isinstance(m, Delta) for p in m.parameters()}
     head = sum(p.numel() for name in plan.head for p in model.get_submodule(name).parameters())
-    return Report(plan.method, tuple(rows), head, sum(p.numel() for p in model.parameters() if p not in deltas))
+    total = sum(p.numel() for p in model.parameters() if p not in deltas)
+    values, scores = (sum(p.numel() for p in found) for found in (shared, [factor.scores for factor in learned]))
+    return Report(plan.method, tuple(rows), head, total, values, scores)

@@ -10,6 +10,7 @@ in which modules are made nor on a library's version, and 2:4 groups lie along t
 """
 
 import hashlib
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -24,6 +25,13 @@ def stream(key: str, count: int) -> np.ndarray:
     """`count` random 64-bit words that depend on `key` alone: raw Philox output, which numpy keeps stable for good."""
     digest = hashlib.sha256(key.encode()).digest()
     return np.random.Philox(key=int.from_bytes(digest[:16], "little")).random_raw(count)
+
+
+def uniform(key: str, *shape: int) -> Tensor:
+    """U(-1/√n, 1/√n) over the last axis of length n, float64, from `key` alone: nn.Linear's own start."""
+    unit = torch.from_numpy((stream(key, math.prod(shape)) >> np.uint64(11)).astype(np.float64) * 2.0**-53)
+    bound: float = shape[-1] ** -0.5
+    return ((2 * unit - 1) * bound).view(shape)
 
 
 def random(shape: tuple[int, int], branches: int, density: float, draw: Draw) -> np.ndarray:
@@ -114,9 +122,11 @@ class Sharing:
     """How a method's factors are stored: the fields that every CapaBoost-able method inherits.
 
     branches: how many masked views of each factor are summed; 1 is the plain method.
-    density:  share of ones in each mask, in (0, 1]; None means 1 for one branch, else 1/branches where the masks are
-              complementary and 0.5 (the authors' setting) where they are not.
-    masks:    "random" (exact count, the paper's), "complementary" (a partition: no dead entries), "2:4".
+    density:  share of ones in each mask, in (0, 1]; None means 1/branches where the masks are complementary, 1 for one
+              branch of random masks, else 0.5 (the authors' setting).
+    masks:    "random" (exact count, the paper's), "complementary" (a partition: no dead entries), "2:4"; or "learned",
+              ProPETL's: all hosts share one set of values, each sees it through masks it learns, see
+              `capavision.learned` and `capavision.parameter_groups`.
 
     Raises:
         ValueError: branches below 1, a density outside (0, 1] or at odds with the masks, an unknown kind of mask.
@@ -127,13 +137,15 @@ class Sharing:
     masks: str = "random"
 
     def __post_init__(self) -> None:
-        if self.masks not in KINDS:
-            raise ValueError(f"masks={self.masks!r} is unknown; choose one of {', '.join(KINDS)}")
+        if self.masks not in (*KINDS, "learned"):
+            raise ValueError(f"masks={self.masks!r} is unknown; choose one of {', '.join(KINDS)}, learned")
         if not isinstance(self.branches, int) or self.branches < 1:
             raise ValueError(f"branches={self.branches!r} must be a whole number of at least 1 (1 is the plain method)")
         if self.density is None:
             only = 1 / self.branches if self.masks == "complementary" else 0.5
-            object.__setattr__(self, "density", 1.0 if self.branches == 1 and self.masks != "2:4" else only)
+            object.__setattr__(
+                self, "density", 1.0 if self.branches == 1 and self.masks not in ("2:4", "learned") else only
+            )
         self._check_density()
 
     def _check_density(self) -> None:
@@ -152,6 +164,11 @@ class Sharing:
             raise ValueError(
                 f"2:4 masks pair up as complements, so branches is 1 or even, not {branches}; masks='random' serves any"
             )
+        if self.masks == "learned" and density == 1:
+            raise ValueError(
+                "masks='learned' with density=1 keeps every entry, so there is nothing to learn; choose a density "
+                "below 1, or masks='random' with branches=1 for the plain method"
+            )
         if self.masks == "random" and branches > 1 and density == 1:
             raise ValueError(
                 f"density=1 makes the {branches} branches equal, so that the rank does not grow; "
@@ -161,12 +178,18 @@ class Sharing:
     def factor(self, value: Tensor, key: str, dim: int) -> Factor:
         """`value` (rows, cols) behind this setting's masks, drawn from `key` (seed, module and factor in one string).
 
+        Learned masks start from the key; `inject` then lets all hosts share the first one's values.
+
         >>> Sharing(branches=2, masks="complementary").factor(torch.ones(2, 4), "0/qkv/A", dim=0)().sum().item()
         8.0
         """
+        assert self.density is not None
+        if self.masks == "learned":
+            from capavision.learned import learned  # which imports Factor
+
+            return learned(value, self.branches, self.density, key, dim)
         masks = None
         if self.density != 1:
-            assert self.density is not None
             shape = (value.shape[0], value.shape[1])
             masks = KINDS[self.masks](
                 shape, self.branches, self.density, lambda branch, count: stream(f"{key}/{branch}", count)

@@ -15,6 +15,7 @@ from torch import nn
 
 from capavision.host import SLOT
 from capavision.hub import FILE, SCHEME, check_repo, fetched, upload
+from capavision.learned import BITS
 from capavision.state import describe, save
 
 SHOWN = 20  # class names in the card
@@ -178,7 +179,9 @@ def _method_rows(about: dict[str, Any], sizes: dict[str, int]) -> Rows:
         deltas += tuple(f"{host}.{SLOT}." for host in hosts)
         head += tuple(f"{name}." for name in plan["head"])
     trained = sum(size for name, size in sizes.items() if not name.startswith(head))
-    rows.append(("values trained, without the head", f"{trained:,}"))
+    masks = sum(size for name, size in sizes.items() if name.startswith(deltas) and name.endswith(f".{BITS}"))
+    beside = f", and {masks:,} bytes of learned masks" if masks else ""
+    rows.append(("values trained, without the head", f"{trained - masks:,}{beside}"))
     rows.append(("values of the head", f"{sum(size for name, size in sizes.items() if name.startswith(head)):,}"))
     return rows
 

@@ -1,8 +1,9 @@
 """One .safetensors file per adapter: save, load; and the two ends of a delta's life: fold, remove.
 
-The file holds the trained values (deltas, head, whatever else was trained) and, as JSON, all it takes to use them on a
-fresh base: the injections, a checksum of their masks (the masks follow from the seed), how to build the base model, a
-fingerprint of its weights, class names, preprocessing. Nothing in it is code, and no pickle is read.
+The file holds the trained values (deltas, head, whatever else was trained; learned masks as bits) and, as JSON, all it
+takes to use them on a fresh base: the injections, a checksum of their static masks (which follow from the seed), how to
+build the base model, a fingerprint of its weights, class names, preprocessing. Nothing in it is code, and no pickle is
+read.
 """
 
 import dataclasses
@@ -17,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from capavision import host as hosting
-from capavision import masks
+from capavision import learned, masks
 from capavision.attention import classifier
 from capavision.base import Base, differences, fingerprint
 from capavision.delta import Delta, Method
@@ -73,7 +74,7 @@ def save(
     base = base or _derived_base(model)
     if base and tied(model):  # the file holds every weight, so nothing has to be fetched to load it
         base = dataclasses.replace(base, weights="random", hint="")
-    values = {name: whole(p) for name, p in trained(model).items()}
+    values = learned.packed(model, {name: whole(p) for name, p in trained(model).items()})
     metadata = {
         "format": FORMAT,
         "injections": [_to_json(plan, model) for plan in injections(model)],
@@ -134,8 +135,9 @@ def load(path: str | os.PathLike[str], model: nn.Module | None = None, *, check_
     refuse_sharded(inner, "load before fully_shard")
     own = base_tensors(inner)
     written = [*tensors, *(name for plan in injections(inner) for name in plan.trained)]
+    written += [f"{name}.{learned.SCORES}" for name in learned.factors(inner)]  # the file holds their bits
     with undone_on_error(inner, [own[name] for name in written if name in own]):
-        _make_way(inner, plans, tyings, metadata["num_classes"])
+        _make_way(inner, plans, metadata["num_classes"])
         pending = plans[len(injections(inner)) :]
         _check_fit(path, metadata, tensors, inner, pending, check_base)
         for tying in tyings[len(tied(inner)) :]:
@@ -312,7 +314,7 @@ def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tenso
     return metadata, tensors
 
 
-def _make_way(model: nn.Module, plans: list[Injection], tyings: list[Tying], num_classes: int | None) -> None:
+def _make_way(model: nn.Module, plans: list[Injection], num_classes: int | None) -> None:
     """Take out what the model carries, unless the file's plans are the same; a trained head gets the file's classes."""
     if not injections(model):
         return
@@ -386,6 +388,7 @@ def _check_masks(path: str | os.PathLike[str], metadata: dict[str, Any], model: 
 
 @torch.no_grad()
 def _restore(path: str | os.PathLike[str], model: nn.Module, tensors: dict[str, Tensor]) -> None:
+    tensors = learned.unpacked(path, model, tensors)
     needed = trained(model)
     own = needed if tied(model) else dict(model.named_parameters()) | needed
     missing = sorted(needed.keys() - tensors.keys())

@@ -232,6 +232,8 @@ def _check_own(model: nn.Module, names: Sequence[str]) -> None:
 def _density(depth: int, density: float | None, masks: str) -> float:
     if masks == "random" and density in (None, 1):
         return 1.0
+    if masks == "learned":
+        raise ValueError(f"masks='learned' is for the factors of a method; a tied model's: {', '.join(KINDS)}")
     try:
         settled = Sharing(branches=depth, density=density, masks=masks).density
     except ValueError as error:

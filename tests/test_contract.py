@@ -37,6 +37,7 @@ MASKS = {
     "complementary 2": {"branches": 2, "masks": "complementary"},
     "complementary 3": {"branches": 3, "masks": "complementary"},
     "2:4": {"branches": 2, "masks": "2:4"},
+    "learned": {"branches": 2, "density": 0.3, "masks": "learned"},
 }
 # Each registered method with the settings to test; a new method is a new row.
 SETTINGS = {
@@ -294,12 +295,40 @@ def stored(arm, model):
     return values
 
 
+def learned(arm, model):
+    """Learned masks: the matrices of each host by their place, all of which have scores, and the values of biases."""
+    plan, method = injections(model)[0], arm.method
+    if method.placement is cv.AttentionDelta:
+        sizes = plan.axes.values()
+        return [m for n_out, n_in, _ in sizes for m in (("K", method.length, n_in), ("V", method.length, n_out))], 0
+    if method.placement is cv.OutputDelta:
+        matrices, biases = [], 0
+        for c_out, c_in, _ in plan.axes.values():
+            read = c_in if method.where == "parallel" else c_out
+            matrices += [("D", method.rank, read), ("U", c_out, method.rank)]
+            biases += method.rank + c_out
+        return matrices, biases
+    matrices = []
+    for name, parts in plan.hosts.items():
+        weight = weighted(arm.base())[name].weight
+        for part, (start, stop) in (parts or {"": (0, len(weight))}).items():
+            matrices += [(f"{part}.A", method.rank, weight[0].numel()), (f"{part}.B", stop - start, method.rank)]
+    return matrices, 0
+
+
 @each_arm
 def test_the_report_counts_what_is_trained(arm):
     model = arm.base()
     report = arm.inject(model)
     head = sum(p.numel() for p in model.get_classifier().parameters())
-    assert report.trained == stored(arm, model)
+    if getattr(arm.method, "masks", "") == "learned":
+        matrices, biases = learned(arm, model)
+        prototypes = sum(rows * cols for _, rows, cols in set(matrices))
+        scores = arm.method.branches * sum(rows * cols for _, rows, cols in matrices)
+        assert report.trained == prototypes + biases + scores
+        assert report.stored == math.ceil(prototypes + biases + scores / 32)
+    else:
+        assert report.trained == report.stored == stored(arm, model)
     assert report.head == head
     assert report.total == sum(p.numel() for p in arm.base().parameters())
     assert sum(p.numel() for p in cv.parameters(model)) == report.trained + head
@@ -309,7 +338,7 @@ def test_the_report_counts_what_is_trained(arm):
     assert str(report.method) in str(report)
 
 
-@pytest.mark.parametrize("arm", SHARED, ids=[arm.id for arm in SHARED])
+@pytest.mark.parametrize("arm", [arm for arm in SHARED if arm.method.masks != "learned"], ids=lambda arm: arm.id)
 def test_branches_cost_no_values(arm):
     plain = type(arm.method)(**{**asdict(arm.method), "branches": 1, "density": 1.0, "masks": "random"})
     models = [arm.base(), arm.base()]

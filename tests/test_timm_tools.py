@@ -36,6 +36,7 @@ ARMS = {
     "convs": Arm(lambda: create("test_resnet"), LORA, "conv", 64),
     "adapters": Arm(lambda: tiny_vit(global_pool="avg"), cv.Adapter(rank=4, branches=2)),
     "adapters, channels first": Arm(lambda: create("test_convnext"), cv.Adapter(rank=4, branches=2), None, 64),
+    "learned masks": Arm(tiny_vit, cv.LoRA(rank=4, branches=2, masks="learned"), "qkv"),
 }
 each_arm = pytest.mark.parametrize("arm", ARMS.values(), ids=ARMS)
 

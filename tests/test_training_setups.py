@@ -37,6 +37,7 @@ ARMS = {
     "convs": Arm(lambda: create("test_resnet"), LORA, "conv", None, 64),
     "adapters": Arm(lambda: tiny_vit(global_pool="avg"), cv.Adapter(rank=4, branches=2), None, None, 32),
     "adapters, channels first": Arm(lambda: create("test_convnext"), cv.Adapter(rank=4, branches=2), None, None, 64),
+    "learned masks": Arm(tiny_vit, cv.LoRA(rank=4, branches=2, masks="learned"), "qkv", "qv", 32),
 }
 each_arm = pytest.mark.parametrize("arm", ARMS.values(), ids=ARMS)
 
@@ -91,7 +92,8 @@ def in_place(model, backend):
     return model
 
 
-COMPILED = [(wrapped, name) for name in ("q and v", "weight read by the parent", "adapters")] + [(in_place, "convs")]
+COMPILED = [(wrapped, name) for name in ("q and v", "weight read by the parent", "adapters", "learned masks")]
+COMPILED += [(in_place, "convs")]
 
 
 @pytest.mark.slow

@@ -32,6 +32,7 @@ class Config:
     epochs: passes over the training images
     batch_size: images a step
     lr: peak learning rate of AdamW
+    mask_lr: peak learning rate of the scores of learned masks (default: 30 times lr)
     weight_decay: of AdamW
     warmup: share of all steps over which the learning rate rises; it then falls as a cosine
     drop_path: stochastic depth rate of the backbone
@@ -57,6 +58,7 @@ class Config:
     epochs: int = 100
     batch_size: int = 64
     lr: float = 1e-3
+    mask_lr: float | None = None
     weight_decay: float = 1e-4
     warmup: float = 0.1
     drop_path: float = 0.1
@@ -77,11 +79,14 @@ class Config:
             value = getattr(self, flag)
             if value is not None and value < 1:
                 raise ValueError(f"--{flag.replace('_', '-')} {value} must be at least 1")
+        if self.mask_lr is not None and getattr(self.method, "masks", "") != "learned":
+            raise ValueError("--mask-lr has no use without learned masks; pass --masks learned, or leave it out")
         if not 0 <= self.seed < 2**31:
             raise ValueError(f"--seed {self.seed} must lie in [0, 2147483648)")
-        for flag, low, high in (("lr", 0, 1e3), ("weight_decay", 0, 1e3), ("warmup", 0, 1), ("drop_path", 0, 0.99)):
-            if not low <= getattr(self, flag) <= high:
-                raise ValueError(f"--{flag.replace('_', '-')} {getattr(self, flag)} must lie in [{low}, {high:g}]")
+        limits = {"lr": 1e3, "mask_lr": 1e3, "weight_decay": 1e3, "warmup": 1, "drop_path": 0.99}
+        for flag, high in limits.items():
+            if getattr(self, flag) is not None and not 0 <= getattr(self, flag) <= high:
+                raise ValueError(f"--{flag.replace('_', '-')} {getattr(self, flag)} must lie in [0, {high:g}]")
         if not self.clip >= 0:
             raise ValueError(f"--clip {self.clip} must be positive, or 0 not to clip")
 
@@ -94,6 +99,8 @@ class Config:
     def digest(self) -> str:
         """Eight hex digits of all that shapes the numbers."""
         relevant = {k: v for k, v in self.record().items() if k not in ("out", "name")}
+        if self.mask_lr is None:  # as in a run that was started before there were learned masks
+            del relevant["mask_lr"]
         return hashlib.sha256(json.dumps(relevant, sort_keys=True).encode()).hexdigest()[:8]
 
     def folder(self) -> Path:

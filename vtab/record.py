@@ -104,6 +104,7 @@ def conclude(
         "images": score.total,
         "images_in_full_split": len(data.splits[judged]),
         "trained_parameters": report.trained,
+        "stored_parameters": report.stored,
         "head_parameters": report.head,
         "base_parameters": report.total,
         "seconds_training": sum(row["seconds"] for row in history),

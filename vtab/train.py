@@ -118,7 +118,8 @@ def fit(
     """
     saved = folder / "checkpoint.safetensors"
     fused = images.device.type == "cuda"
-    optimizer = torch.optim.AdamW(cv.parameters(model), lr=config.lr, weight_decay=config.weight_decay, fused=fused)
+    groups = cv.parameter_groups(model, config.lr, mask_lr=config.mask_lr)
+    optimizer = torch.optim.AdamW(groups, weight_decay=config.weight_decay, fused=fused)
     schedule = warmup_cosine(optimizer, config, -(-len(images) // config.batch_size))
     history: list[dict[str, Any]] = []
     if saved.is_file():
