@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Collection, Mapping, MutableMapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,6 +17,9 @@ from capavision.targets import near
 from capavision.wrappers import whole
 
 _norms: MutableMapping[Tensor, tuple[Any, float]] = WeakTensorKeyDictionary()  # with the version that was measured
+# Arguments of timm.create_model that choose weights and files, or return something else than the model
+_RESERVED = {"model_name", "num_classes", "features_only", "out_indices", "feature_cls", "feature_cfg", "model_cfg"}
+_RESERVED |= {"pruned", "kwargs_filter", "scriptable", "exportable", "no_jit"}
 
 
 @dataclass(frozen=True)
@@ -28,12 +31,18 @@ class Base:
               the cache folder, see `capavision.files.cache_dir`.
     img_size: side of the input in pixels, for architectures that fix it; None is the model's own.
     hint:     the command that makes the file, for the error message where it is missing.
+    kwargs:   more arguments of timm.create_model, by name: numbers, strings, bools, None and lists of them. What says
+              where weights come from (pretrained_cfg, checkpoint_path, …) is refused: a file must not.
 
-    Raises (by build):
-        ValueError: an unknown model, weights that this machine does not have.
+    Raises:
+        ValueError: kwargs that are reserved or not plain; (by build) an unknown model, arguments it does not take,
+            weights that this machine does not have.
 
     >>> Base("vit_tiny_patch16_224", weights="random").build(num_classes=10).num_classes
     10
+    >>> shallow = Base("vit_tiny_patch16_224", weights="random", kwargs={"depth": 2, "global_pool": "avg"})
+    >>> len(shallow.build(num_classes=10).blocks)
+    2
     """
 
     model: str
@@ -41,6 +50,16 @@ class Base:
     img_size: int | None = None
     seed: int = 0
     hint: str = ""
+    kwargs: dict[str, Any] = field(default_factory=dict, hash=False)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.kwargs, dict):
+            raise ValueError(f"kwargs={self.kwargs!r} must be a dict of timm.create_model's arguments by name")
+        object.__setattr__(self, "kwargs", {name: _plain(name, value) for name, value in self.kwargs.items()})
+        given_twice = {"img_size"} if self.img_size is not None else set()
+        for name in self.kwargs:
+            if name in _RESERVED | given_twice or name.startswith(("pretrained", "checkpoint", "cache")):
+                raise ValueError(f"kwargs may not hold {name!r}: Base says it itself, or not at all; leave it out")
 
     def build(self, num_classes: int, **kwargs: Any) -> nn.Module:
         """The model with a fresh head of `num_classes`; kwargs go to timm.create_model (drop_path_rate, …)."""
@@ -53,7 +72,7 @@ class Base:
         tags = [found.partition(".")[2] for found in timm.list_pretrained(f"{architecture}.*")]
         if tag and tag not in tags:
             raise ValueError(f"{architecture} has no weights tagged {tag!r}; {near(tag, tags)}")
-        kwargs["num_classes"] = num_classes
+        kwargs = {**self.kwargs, **kwargs, "num_classes": num_classes}
         if self.weights not in ("pretrained", "random"):
             kwargs["pretrained_cfg_overlay"] = {"file": str(self._file())}
         with torch.random.fork_rng(devices=[]):  # a fresh head and random weights depend on the seed alone
@@ -94,6 +113,8 @@ class Base:
         try:
             model: nn.Module = timm.create_model(self.model, **size, **kwargs)
         except TypeError as error:
+            if unknown := [name for name in self.kwargs if f"'{name}'" in str(error)]:
+                raise ValueError(f"{self.model} takes no argument {unknown[0]!r}; leave it out of kwargs") from error
             if "'img_size'" not in str(error):
                 raise
             model = timm.create_model(self.model, **kwargs)  # convolutional nets take any size and are not told one
@@ -107,6 +128,16 @@ class Base:
             hint = f"; `{self.hint}` makes it" if self.hint else ""
             raise ValueError(f"the base weights {path} are missing{hint}")
         return path
+
+
+def _plain(name: str, value: Any) -> Any:
+    """`value` with lists as tuples, as before it was JSON; only what cannot be code or weights passes."""
+    if isinstance(value, (list, tuple)):
+        return tuple(_plain(name, part) for part in value)
+    if not isinstance(value, (bool, int, float, str, type(None))):
+        kind = type(value).__name__
+        raise ValueError(f"kwargs[{name!r}] is a {kind}; only numbers, strings, bools, None and lists can be recorded")
+    return value
 
 
 def _is_own_fault(error: Exception) -> bool:

@@ -8,11 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from capavision.attention import is_weighted
-from capavision.delta import adapted, chosen
+from capavision.delta import adapted, chosen, input_name
+
+Example = Tensor | Mapping[str, Any]  # one input batch; a mapping is passed to the model as keywords
 
 
 def measure(
-    model: nn.Module, hosts: Iterable[str], example: Tensor | None, *, named: bool = True
+    model: nn.Module, hosts: Iterable[str], example: Example | None, *, named: bool = True
 ) -> dict[str, tuple[int, int, int]]:
     """Channels out and in and the channel axis of each block, seen in one forward pass without gradient.
 
@@ -22,8 +24,8 @@ def measure(
     shapes: dict[str, tuple[torch.Size, torch.Size]] = {}
     several: list[str] = []
 
-    def note(name: str, args: Any, output: Any) -> None:
-        x, y = args[0] if args else None, output
+    def note(name: str, x: Any, output: Any) -> None:
+        y = output
         if isinstance(output, (tuple, list)):
             several.append(name)
             y = output[chosen(x, output)]
@@ -43,16 +45,16 @@ def measure(
     return {name: _channels(model, name, *shapes[name]) for name in used}
 
 
-def _unheard(model: nn.Module, blocks: Iterable[str], example: Tensor | None) -> list[str]:
+def _unheard(model: nn.Module, blocks: Iterable[str], example: Example | None) -> list[str]:
     """The blocks whose adapted output does not reach the model's: the pixel stream after tnt's last block."""
     probes: list[tuple[str, Tensor]] = []
 
-    def probe(name: str, args: Any, output: Any) -> Any:
+    def probe(name: str, x: Any, output: Any) -> Any:
         def zeros(y: Tensor) -> Tensor:
             probes.append((name, torch.zeros_like(y, requires_grad=True)))
             return probes[-1][1]
 
-        return adapted(args[0] if args else None, output, zeros)
+        return adapted(x, output, zeros)
 
     with _hooked(model, blocks, probe):
         output = run_once(model, example, gradient=True)
@@ -72,11 +74,18 @@ def _tensors(output: Any) -> Iterator[Tensor]:
 
 @contextlib.contextmanager
 def _hooked(model: nn.Module, names: Iterable[str], hook: Callable[[str, Any, Any], Any]) -> Iterator[None]:
-    """While this lasts, hook(name, args, output) runs after each of the modules."""
-    handles = [
-        model.get_submodule(name).register_forward_hook(lambda _, args, output, name=name: hook(name, args, output))
-        for name in names
-    ]
+    """While this lasts, hook(name, x, output) runs after each of the modules."""
+
+    def after(name: str) -> Any:
+        block = model.get_submodule(name)
+        called = input_name(type(block))
+
+        def see(_: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+            return hook(name, args[0] if args else kwargs.get(called), output)
+
+        return block.register_forward_hook(see, with_kwargs=True)
+
+    handles = [after(name) for name in names]
     try:
         yield
     finally:
@@ -84,11 +93,13 @@ def _hooked(model: nn.Module, names: Iterable[str], hook: Callable[[str, Any, An
             handle.remove()
 
 
-def run_once(model: nn.Module, example: Tensor | None, *, gradient: bool = False) -> Any:
+def run_once(model: nn.Module, example: Example | None, *, gradient: bool = False) -> Any:
     """The output of one forward pass in eval mode, on `example` or zeros; the modes are then as they were."""
     modes = {module: module.training for module in model.modules()}
     try:
         with torch.set_grad_enabled(gradient):
+            if isinstance(example, Mapping):
+                return model.eval()(**example)
             return model.eval()(example_input(model) if example is None else example)
     finally:
         for module, mode in modes.items():

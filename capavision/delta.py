@@ -5,6 +5,8 @@ what a block returns, y + Δ(x, y); an AttentionDelta is more keys and values in
 dense module of their own, without masks or sharing.
 """
 
+import inspect
+import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -147,6 +149,12 @@ class OutputDelta(Delta, ABC):
     @abstractmethod
     def folded(self) -> "OutputDelta":
         """The same function without masks or sharing: dense factors only."""
+
+
+def input_name(block: type) -> str:
+    """What the first input of the class's forward is called: hidden_states, where a parent passes it by that name."""
+    parameters = inspect.signature(block.forward).parameters  # type: ignore[attr-defined]
+    return next(itertools.islice(parameters, 1, None), "")
 
 
 def chosen(x: Any, outputs: Sequence[Any]) -> int:

@@ -37,7 +37,7 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from capavision.delta import AttentionDelta, Delta, OutputDelta, WeightDelta, adapted
+from capavision.delta import AttentionDelta, Delta, OutputDelta, WeightDelta, adapted, input_name
 from capavision.softmax import Prepend
 from capavision.wrappers import is_sharded
 
@@ -83,8 +83,11 @@ def _weight_body(base: type) -> dict[str, Any]:
 
 
 def _output_body(base: type) -> dict[str, Any]:
-    def forward(host: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        y = base.forward(host, x, *args, **kwargs)  # type: ignore[attr-defined]
+    name = input_name(base)
+
+    def forward(host: Any, *args: Any, **kwargs: Any) -> Any:
+        x = args[0] if args else kwargs.get(name)
+        y = base.forward(host, *args, **kwargs)  # type: ignore[attr-defined]
         return adapted(x, y, lambda y: host.delta(x, y))
 
     if issubclass(base, nn.Sequential):  # its own forward iterates over it, and must not meet the delta there

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from capavision import host as hosting
 from capavision.attention import classifier, weight_of
-from capavision.channels import measure
+from capavision.channels import Example, measure
 from capavision.delta import AttentionDelta, Delta, Method, OutputDelta, Rows, Site, WeightDelta
 from capavision.learned import MASK_RATIO, factors, share
 from capavision.softmax import look
@@ -129,7 +129,7 @@ def inject(
     *,
     seed: int = 0,
     freeze_norm: bool = True,
-    example: Tensor | None = None,
+    example: Example | None = None,
 ) -> Report:
     """Put `method` into `model`: chosen hosts gain a delta, everything else but the classifier is frozen.
 
@@ -148,7 +148,8 @@ def inject(
         seed: of initial values and masks. Each host draws from its own key, so the order of modules does not matter.
         freeze_norm: keep batch norms in eval for good. If not, their statistics move, are saved, and are put back by
             `remove`.
-        example: one input batch, needed only to adapt blocks of a model that does not tell its input size.
+        example: one input batch, or a mapping of them by name; needed only to adapt blocks or attentions of a model
+            that does not tell its input size.
 
     Returns:
         Report: hosts, shapes and trained values.
@@ -178,7 +179,7 @@ def inject(
         placed = _attentions(model, hosts, example, named=named)
     if method.placement in (OutputDelta, AttentionDelta):
         hosts = {name: hosts[name] for name in placed}
-    head = tuple(n for n in classifier(model) if n not in hosts)
+    head = whole_head(model, hosts)
     trained = tuple(method.trains(model))
     if not hosts and not head and not trained:
         raise ValueError(f"{type(model).__name__} has no classifier, so {type(method).__name__} has nothing to train")
@@ -187,8 +188,13 @@ def inject(
     return apply(model, Injection(method, seed, hosts, placed, head, trained, freeze_norm=freeze_norm))
 
 
+def whole_head(model: nn.Module, hosts: Collection[str]) -> tuple[str, ...]:
+    """The classifier by name, which is trained as it stands; a host in it gets a delta instead."""
+    return tuple(name for name in classifier(model) if name not in hosts)
+
+
 def _attentions(
-    model: nn.Module, hosts: Collection[str], example: Tensor | None, *, named: bool
+    model: nn.Module, hosts: Collection[str], example: Example | None, *, named: bool
 ) -> dict[str, tuple[int, int, int]]:
     """The sizes of those attentions that can take keys and values; all of them must where the user named them."""
     found = look(model, hosts, example)

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from capavision import host as hosting
 from capavision.attention import classifier, is_weighted, weight_of
+from capavision.channels import Example
 from capavision.delta import Delta, WeightDelta
 from capavision.files import refuse_existing
 from capavision.inject import inject, injections
@@ -34,7 +35,7 @@ from capavision.targets import near, refuse_taken
 WRAPPED = "timm_model"  # where the TimmWrapper models of transformers keep the timm model
 
 
-def to_peft(model: nn.Module, path: str | os.PathLike[str], *, example: Tensor | None = None) -> None:
+def to_peft(model: nn.Module, path: str | os.PathLike[str], *, example: Example | None = None) -> None:
     """Write the model's LoRA as a PEFT adapter: a folder for `peft.PeftModel.from_pretrained(base, path)`.
 
     Outputs are equal, up to rounding. Masks are multiplied into dense factors, so the file grows by branches, and PEFT
@@ -43,8 +44,8 @@ def to_peft(model: nn.Module, path: str | os.PathLike[str], *, example: Tensor |
     Args:
         model: an injected model whose deltas are all low-rank on dense Linears and convs.
         path: the folder to make.
-        example: one input batch, needed only for a model that does not tell its input size: a copy of the model runs
-            once with layers like PEFT's, see `capavision.rehearsal`.
+        example: one input batch, or a mapping of them by name, needed only for a model that does not tell its input
+            size: a copy of the model runs once with layers like PEFT's, see `capavision.rehearsal`.
 
     Raises:
         ValueError: `path` exists; a method without low-rank factors; other parameters were trained too; a host on
@@ -140,7 +141,7 @@ def _folded(module: nn.Module) -> nn.Module:
     return module
 
 
-def from_peft(path: str | os.PathLike[str], model: nn.Module, *, example: Tensor | None = None) -> nn.Module:
+def from_peft(path: str | os.PathLike[str], model: nn.Module, *, example: Example | None = None) -> nn.Module:
     """Put a PEFT LoRA checkpoint that was trained on a timm model into `model`, in place, as plain LoRA.
 
     The result is an injected model like any other: train it further, `save`, `fold` or export it.

@@ -155,7 +155,8 @@ def _task_rows(about: dict[str, Any], dataset: str | None) -> Rows:
     if base:
         weights = "" if base["weights"] == "pretrained" else f", weights {_plain(base['weights'])}"
         size = f", {_plain(base['img_size'])} px" if base["img_size"] else ""
-        rows.append(("base", f"{_plain(base['model'])}{weights}{size}"))
+        more = "".join(f", {_plain(name)}={_plain(value)}" for name, value in base.get("kwargs", {}).items())
+        rows.append(("base", f"{_plain(base['model'])}{weights}{size}{more}"))
     if classes:
         more = " …" if len(classes) > SHOWN else ""
         rows.append((f"{len(classes)} classes", ", ".join(map(_plain, classes[:SHOWN])) + more))

@@ -12,7 +12,7 @@ no list of such models: it runs the wrapper in every host's place, on random fac
 
 import copy
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from torch.func import functional_call
 
 from capavision import host as hosting
 from capavision.attention import weight_of
-from capavision.channels import example_input
+from capavision.channels import Example, example_input, run_once
 from capavision.state import remove
 
 RANK = 2  # weight-standardised layers of rank 1 do not even run
@@ -85,13 +85,13 @@ class Wrapper(nn.Module):
         return y
 
 
-def refuse_inexact(model: nn.Module, hosts: Collection[str], example: Tensor | None) -> None:
+def refuse_inexact(model: nn.Module, hosts: Collection[str], example: Example | None) -> None:
     """Raise ValueError, naming the host, if PEFT's layers in the places of `hosts` would compute something else.
 
     Args:
         model: any model; it is copied, and stays as it is.
         hosts: qualified names of Linears and convs.
-        example: one input batch; None asks the model for its input size.
+        example: one input batch, or a mapping of them by name; None asks the model for its input size.
     """
     places = Counter(id(module) for _, module in model.named_modules(remove_duplicate=False))
     for name in hosts:
@@ -123,14 +123,16 @@ def refuse_inexact(model: nn.Module, hosts: Collection[str], example: Tensor | N
 
 
 @torch.no_grad()
-def _rehearse(model: nn.Module, hosts: Collection[str], example: Tensor | None) -> dict[str, Wrapper]:
+def _rehearse(model: nn.Module, hosts: Collection[str], example: Example | None) -> dict[str, Wrapper]:
     copied = remove(copy.deepcopy(model)).eval().requires_grad_(False)
     exact = hosting.delta_dtype(next(copied.parameters()))
     copied.to(exact)
     with torch.random.fork_rng(devices=[]):  # making convs draws from the global generator
         random = torch.Generator().manual_seed(0)
-        x = example_input(copied) if example is None else example
-        x = torch.randn(x.shape, generator=random).to(x.device, exact) if example is None else x.to(exact)
+        if example is None:
+            zeros = example_input(copied)
+            example = torch.randn(zeros.shape, generator=random).to(zeros.device)
+        x = _exact(example, exact)
         wrappers = {name: Wrapper(name, copied.get_submodule(name), random) for name in hosts}
         for name, wrapper in wrappers.items():
             copied.set_submodule(name, wrapper)
@@ -138,9 +140,16 @@ def _rehearse(model: nn.Module, hosts: Collection[str], example: Tensor | None) 
     return wrappers
 
 
-def _run(model: str, copied: nn.Module, x: Tensor) -> None:
+def _exact(example: Any, dtype: torch.dtype) -> Any:
+    """The batch in `dtype`, but for what counts: numbers of tokens, masks."""
+    if isinstance(example, Mapping):
+        return {name: _exact(part, dtype) for name, part in example.items()}
+    return example.to(dtype) if isinstance(example, Tensor) and example.is_floating_point() else example
+
+
+def _run(model: str, copied: nn.Module, x: Example) -> None:
     try:
-        copied(x)
+        run_once(copied, x)
     except Exception as error:
         raise ValueError(
             f"{model} does not run with PEFT's layers in it ({type(error).__name__}: {error}); adapt other layers, or "

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from capavision.attention import is_weighted, weight_of
-from capavision.channels import run_once
+from capavision.channels import Example, run_once
 
 
 def prepended(
@@ -75,7 +75,7 @@ class _Watch(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def look(model: nn.Module, hosts: Iterable[str], example: Tensor | None) -> dict[str, tuple[int, int, int] | str]:
+def look(model: nn.Module, hosts: Iterable[str], example: Example | None) -> dict[str, tuple[int, int, int] | str]:
     """Of each attention the widths of all its values and keys together and its heads, or why it takes no prefix."""
     calls: dict[str, list[tuple[torch.Size, torch.Size]]] = {name: [] for name in hosts}
     watch, since = _Watch(), dict.fromkeys(calls, 0)
@@ -112,7 +112,9 @@ def look(model: nn.Module, hosts: Iterable[str], example: Tensor | None) -> dict
 def _judge(host: nn.Module, seen: list[tuple[torch.Size, torch.Size]]) -> tuple[int, int, int] | str:
     if len(seen) != 1:
         how = "no scaled_dot_product_attention" if not seen else f"{len(seen)} of them"
-        return f"{type(host).__name__} computes its softmax in a way of its own ({how} in its forward)"
+        other = getattr(getattr(host, "config", None), "_attn_implementation", "sdpa") != "sdpa"  # transformers' switch
+        cure = ", which model.set_attn_implementation('sdpa') brings" if other else ""
+        return f"{type(host).__name__} computes its softmax in a way of its own ({how} in its forward{cure})"
     key, value = seen[0]
     if len(key) < 4:
         return f"the keys of {type(host).__name__} have no heads: {tuple(key)}"

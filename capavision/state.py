@@ -24,13 +24,17 @@ from capavision.base import Base, differences, fingerprint
 from capavision.delta import Delta, Method
 from capavision.files import write_tensors
 from capavision.hub import fetched
-from capavision.inject import Injection, apply, base_tensors, injections
+from capavision.inject import Injection, apply, base_tensors, injections, whole_head
 from capavision.rollback import undone_on_error
 from capavision.targets import near, refuse_taken
 from capavision.tying import Tying, masks_of, stored, tie, tied, untie
 from capavision.wrappers import RECORD, bare, refuse_sharded, whole
 
 FORMAT = 1
+_AS_IT_WAS = (
+    "; create the model with the arguments it had then and pass it, load(path, model=…), or name them to save: "
+    "base=Base(…, kwargs={…})"
+)
 _ELSEWHERE = "save it (capavision.save puts the deltas together) and load the file onto a base that is not"
 
 
@@ -49,7 +53,8 @@ def save(
     Args:
         model: an injected model, or a tied one, of which everything is written, each shared value once.
         path: the file to write or replace.
-        base: how to build the model underneath; None derives it from a timm model with timm's own weights.
+        base: how to build the model underneath; None derives it from a timm model with timm's own weights and usual
+            arguments. Name it where timm.create_model was given others: Base(…, kwargs={"depth": 6}).
         classes: the class names, in the order of the logits.
         info: anything JSON can hold that a user of the file wants back: preprocessing, task, accuracy.
 
@@ -72,7 +77,7 @@ def save(
     values = learned.packed(model, {name: whole(p) for name, p in trained(model).items()})
     metadata = {
         "format": FORMAT,
-        "injections": [_to_json(plan) for plan in _with_others(model)],
+        "injections": [_to_json(plan, model) for plan in _with_others(model)],
         "tyings": [plan.settings() for plan in tied(model)],
         "masks": _checksum(model),
         "base": dataclasses.asdict(base) if base else None,
@@ -207,8 +212,9 @@ def remove(model: nn.Module) -> nn.Module:
 
 def _release(model: nn.Module, keep: type | None = None) -> None:
     if plans := injections(model):
+        newer = tuple(f"{name}." for name in whole_head(model, {*plans[0].hosts, *plans[0].head}))
         for name, p in model.named_parameters():
-            p.requires_grad_(name in plans[0].frozen)
+            p.requires_grad_(name in plans[0].frozen or name.startswith(newer))
         delattr(model, RECORD)
     for module in list(model.modules()):
         if keep is None or not isinstance(getattr(module, hosting.SLOT, None), keep):
@@ -286,11 +292,14 @@ def _derived_base(model: nn.Module) -> Base | None:
     if not cfg.get("architecture"):
         return None
     name = f"{cfg['architecture']}.{cfg['tag']}" if cfg.get("tag") else cfg["architecture"]
-    size = getattr(getattr(model, "patch_embed", None), "img_size", None)
-    return Base(name, img_size=size[0] if size and size[0] != cfg["input_size"][-1] else None)
+    size = tuple(getattr(getattr(model, "patch_embed", None), "img_size", None) or ())
+    if not size or size == tuple(cfg["input_size"][-2:]):
+        return Base(name)
+    return Base(name, img_size=size[0]) if size[0] == size[1] else Base(name, kwargs={"img_size": size})
 
 
-def _to_json(plan: Injection) -> dict[str, Any]:
+def _to_json(plan: Injection, model: nn.Module) -> dict[str, Any]:
+    plan = dataclasses.replace(plan, head=whole_head(model, plan.hosts))  # reset_classifier may have changed it
     fields = {f.name: getattr(plan, f.name) for f in dataclasses.fields(plan) if f.name not in ("frozen", "originals")}
     return {**fields, "method": {"name": plan.method.name, **dataclasses.asdict(plan.method)}}  # type: ignore[call-overload]
 
@@ -380,16 +389,25 @@ def _check_fit(
     missing = [name for plan in plans for name in [*plan.hosts, *plan.head, *plan.trained] if name not in names]
     if missing:
         base = metadata["base"]["model"] if metadata["base"] else "another model"
-        raise ValueError(f"{path} adapts {missing[0]!r}, which {type(model).__name__} lacks; it was made for {base}")
+        raise ValueError(
+            f"{path} adapts {missing[0]!r}, which {type(model).__name__} lacks; it was made for {base}{_AS_IT_WAS}"
+        )
     for name in [name for plan in plans for name in plan.hosts]:
         refuse_taken(model, name)
     if not check_base or metadata.get("tyings"):
         return
-    changed = differences(metadata["fingerprint"], fingerprint(model, tensors))
-    if changed:
+    trained_on, found = metadata["fingerprint"], fingerprint(model, tensors)
+    if lost := sorted(trained_on.keys() ^ found.keys()):
+        owner = "the file's base" if lost[0] in trained_on else f"this {type(model).__name__}"
         raise ValueError(
-            f"{path} was trained on other base weights: {len(changed)} of {len(metadata['fingerprint'])} tensors "
-            f"differ, first {changed[0]}; load the same checkpoint, or pass check_base=False if you know better"
+            f"{path} was trained on a base of {len(trained_on)} tensors and the model has {len(found)}: only {owner} "
+            f"has {lost[0]}{_AS_IT_WAS}"
+        )
+    if changed := differences(trained_on, found):
+        raise ValueError(
+            f"{path} was trained on other base weights: {len(changed)} of {len(trained_on)} tensors differ, first "
+            f"{changed[0]}; load the same checkpoint into a model created with the same arguments, or pass "
+            "check_base=False if you know better"
         )
 
 

@@ -554,3 +554,38 @@ def test_hosts_that_cannot_be_served_are_refused(kwargs, match):
         cv.inject(model, cv.Adapter(rank=2), **kwargs)
     assert_unchanged(model, before)
     assert cv.inject(model, cv.Adapter(rank=2), "body", example=torch.zeros(1, 6)).trained == 2 * 13 + 6
+
+
+class Inner(nn.Module):
+    """A block whose input has a name."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(8, 8)
+
+    def forward(self, hidden_states, scale=1.0):
+        return scale * self.fc(hidden_states)
+
+
+class ByName(nn.Module):
+    """Calls its block as transformers' models do, every input by name and in an order of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.block, self.head = Inner(), nn.Linear(8, 2)
+
+    def forward(self, x):
+        return self.head(self.block(scale=torch.tensor(2.0), hidden_states=x))
+
+
+def test_a_block_whose_input_comes_by_name_is_adapted_on_that_input():
+    model, x = ByName().double(), seeded(lambda: torch.randn(2, 3, 8)).double()
+    cv.inject(model, cv.Adapter(rank=4, where="parallel", activation="gelu"), "block", example=x)
+    assert injections(model)[0].axes == {"block": (8, 8, -1)}
+    block = awaken(model.block)
+    by_place, y = block(x, 2.0), 2.0 * block.fc(x)
+    assert torch.equal(block(scale=2.0, hidden_states=x), by_place)
+    torch.testing.assert_close(by_place, y + block.delta(x, y), **EXACT)
+    assert_moved(by_place, y)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)(x)
+    torch.testing.assert_close(compiled, model(x), **EXACT)

@@ -49,7 +49,7 @@ SETTINGS = {
     ],
     "circulant": [
         cv.Circulant(alpha=0.3),
-        cv.Circulant(product=True),
+        cv.Circulant(alpha=1.0, product=True),  # the default's 30 on awakened values would put ReLUs to sleep
         *(cv.Circulant(where=w) for w in ("pfeiffer", "houlsby", "parallel")),
     ],
     "toeplitz": [
@@ -58,7 +58,7 @@ SETTINGS = {
         cv.Toeplitz(where="houlsby", activation="silu"),
     ],
     "kronecker": [cv.Kronecker(), cv.Kronecker(where="houlsby", activation="tanh")],
-    "ldr": [cv.LDR(rank=2), cv.LDR(where="pfeiffer")],
+    "ldr": [cv.LDR(alpha=1.0, rank=2), cv.LDR(where="pfeiffer")],
     "prefix": [cv.Prefix(length=4, **masks) for masks in MASKS.values()],
     "linear_probe": [cv.LinearProbe()],
     "bitfit": [cv.BitFit()],

@@ -122,7 +122,7 @@ def test_a_local_path_never_asks_the_hub(local, monkeypatch, tmp_path):
 def test_the_card_says_what_the_file_holds(tmp_path):
     model = tiny_vit(num_classes=3)
     report = cv.inject(model, cv.LoRA(rank=4, alpha=6.0, branches=2, masks="complementary"))
-    base = Base("vit_tiny_patch16_224.augreg_in21k_ft_in1k", img_size=32)
+    base = Base("vit_tiny_patch16_224.augreg_in21k_ft_in1k", img_size=32, kwargs={"depth": 2})
     cv.save(model, tmp_path / "it", base=base, classes=["cat", "dog", "owl"], info={"task": "pets"})
     card = cv.model_card(
         tmp_path / "it", repo_id="me/pets", metrics={"accuracy": 91.25}, dataset="you/pets", license="apache-2.0"
@@ -152,7 +152,7 @@ def test_the_card_says_what_the_file_holds(tmp_path):
     for row in (
         "| task | pets |",
         "| data | you/pets |",
-        "| base | vit_tiny_patch16_224.augreg_in21k_ft_in1k, 32 px |",
+        "| base | vit_tiny_patch16_224.augreg_in21k_ft_in1k, 32 px, depth=2 |",
         "| 3 classes | cat, dog, owl |",
         "| 2 hosts | blocks.0.attn.qkv … blocks.1.attn.qkv, rows q, v |",
         f"| values trained, without the head | {report.trained:,} |",

@@ -253,7 +253,8 @@ def test_save_makes_missing_folders_and_replaces_files(tmp_path):
 
 def test_the_base_of_a_timm_model_is_derived(tmp_path):
     assert cv.describe(written(tmp_path / "a.safetensors", adapted(create("test_vit"))))["base"] == {
-        "model": "test_vit.r160_in1k", "weights": "pretrained", "img_size": None, "seed": 0, "hint": ""
+        "model": "test_vit.r160_in1k", "weights": "pretrained", "img_size": None, "seed": 0, "hint": "",
+        "kwargs": {},
     }  # fmt: skip
     sized = adapted(create("test_vit", img_size=96))
     assert cv.describe(written(tmp_path / "b.safetensors", sized))["base"]["img_size"] == 96
@@ -600,6 +601,83 @@ def test_a_base_that_cannot_be_built_is_refused(base, match):
     assert timm.is_model("test_vit")
     with pytest.raises(ValueError, match=match):
         base.build(5)
+
+
+SMALL = {"depth": 2, "img_size": 32, "patch_size": 8, "embed_dim": 48, "num_heads": 3}
+ARGUMENTS = {
+    "sizes": ("vit_tiny_patch16_224", SMALL, (32, 32)),
+    "an image that is no square": ("vit_tiny_patch16_224", SMALL | {"img_size": (32, 48)}, (32, 48)),
+    "pooling": ("vit_tiny_patch16_224", SMALL | {"global_pool": "avg", "class_token": False}, (32, 32)),
+    "what no tensor shows": ("test_resnet", {"output_stride": 8}, (64, 64)),
+}
+
+
+@pytest.mark.parametrize("given", ARGUMENTS.values(), ids=ARGUMENTS)
+def test_arguments_of_the_base_are_recorded_and_built_again(tmp_path, given):
+    name, kwargs, size = given
+    base = Base(name, "random", kwargs=kwargs)
+    model, x = adapted(base.build(5)), torch.randn(2, 3, *size)
+    path = written(tmp_path / "it.safetensors", model, base=base)
+    assert Base(**cv.describe(path)["base"]) == base
+    assert torch.equal(outputs(cv.load(path), x), outputs(model, x))
+
+
+def test_an_image_that_is_no_square_is_derived(tmp_path):
+    path = written(tmp_path / "it.safetensors", adapted(create("test_vit", img_size=(32, 48))))
+    assert cv.describe(path)["base"]["kwargs"] == {"img_size": [32, 48]}
+
+
+@pytest.mark.parametrize(
+    ("depth", "match"),
+    [
+        (
+            1,
+            r"a base of 18 tensors and the model has 30: only this VisionTransformer has blocks\.1\.attn\.proj\.bias; ",
+        ),
+        (3, r"adapts 'blocks\.2\.attn\.qkv', which VisionTransformer lacks; it was made for vit_tiny_patch16_224; "),
+    ],
+)
+def test_a_base_of_unrecorded_arguments_is_refused_with_the_cure(tmp_path, depth, match):
+    model = adapted(tiny_vit(depth=depth))
+    path = written(tmp_path / "it.safetensors", model, base=Base("vit_tiny_patch16_224", "random", kwargs=SMALL))
+    cure = r"pass it, load\(path, model=…\), or name them to save: base=Base\(…, kwargs={…}\)"
+    with pytest.raises(ValueError, match=match + r"create the model with the arguments it had then and " + cure):
+        cv.load(path)
+    assert torch.equal(outputs(cv.load(path, tiny_vit(depth=depth)), images()), outputs(model, images()))
+
+
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        {"checkpoint_path": "/etc/passwd"},
+        {"cache_dir": "/tmp"},
+        {"pretrained": True},
+        {"pretrained_cfg": "hf"},
+        {"pretrained_cfg_overlay": {"file": "/etc/passwd"}},
+        {"features_only": True},
+        {"model_cfg": None},
+        {"num_classes": 3},
+        {"act_layer": nn.ReLU},
+        {"depth": [{"a": 1}]},
+        ["depth"],
+    ],
+    ids=str,
+)
+def test_what_a_file_must_not_ask_of_timm_is_refused(tmp_path, kwargs):
+    with pytest.raises(ValueError, match="kwargs"):
+        Base("test_vit", "random", kwargs=kwargs)
+    if "act_layer" not in kwargs:
+        path = written(tmp_path / "it.safetensors", adapted(RANDOM.build(5)), base=RANDOM)
+        rewritten(path, lambda m, t: m["base"].update(kwargs=kwargs))
+        with pytest.raises(ValueError, match="kwargs"):
+            cv.load(path)
+
+
+def test_an_argument_that_the_architecture_does_not_take_is_refused():
+    with pytest.raises(ValueError, match="test_vit takes no argument 'dept'; leave it out of kwargs"):
+        Base("test_vit", "random", kwargs={"dept": 2}).build(5)
+    with pytest.raises(ValueError, match="kwargs may not hold 'img_size'"):
+        Base("test_vit", "random", 96, kwargs={"img_size": 96})
 
 
 def test_random_weights_depend_on_the_seed_alone():

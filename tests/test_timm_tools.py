@@ -248,6 +248,22 @@ def test_a_head_that_was_reset_is_trained_and_saved(arm, tmp_path):
     assert all(p.requires_grad for p in fresh.get_classifier().parameters())
 
 
+@pytest.mark.parametrize("end", [cv.fold, cv.remove])
+def test_a_head_that_came_after_inject_is_trained_in_whoever_loads_the_file(end, tmp_path):
+    model, x = awaken(tiny_vit(num_classes=0)), images()
+    fresh = twin(model)
+    cv.inject(model, LORA)
+    for each in (model, fresh):
+        seeded(lambda each=each: each.reset_classifier(7))
+    awaken(shifted(model))
+    cv.save(model, tmp_path / "it.safetensors")
+    assert torch.equal(outputs(cv.load(tmp_path / "it.safetensors", fresh), x), outputs(model, x))
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert {name for name, p in fresh.named_parameters() if p.requires_grad} == trained > {"head.weight", "head.bias"}
+    for each in (model, fresh):
+        assert all(p.requires_grad for p in end(each).get_classifier().parameters())
+
+
 def test_a_head_may_be_taken_off_after_training(tmp_path):
     model, x = adapted(ARMS["linears"]), images()
     fresh = cv.remove(twin(model))

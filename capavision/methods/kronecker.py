@@ -11,7 +11,7 @@ Differs from the authors' code: r is found instead of asked for, so every shape 
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +37,7 @@ class Kronecker(Structured, Method):
     """Kronecker ΔW, or a Kronecker adapter; see `capavision.structured.Structured` for the fields all share.
 
     split: r in the equation, a divisor of both sides of every host; None takes each host's best.
+    alpha: factor on M, see Structured. Default's reason: 87.5 % of val200, where 1 gives 72.5 %, docs/structured.md.
 
     Default hosts: q and v of every attention; without attention every Linear, else every conv.
 
@@ -44,10 +45,11 @@ class Kronecker(Structured, Method):
         ValueError: split below 1, or (by inject) no divisor of a host's sides; see Structured.
 
     >>> Kronecker(split=32).alpha
-    1.0
+    10.0
     """
 
     split: int | None = None
+    alpha: float = field(default=10.0, kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
