@@ -17,6 +17,7 @@ from capavision.targets import near
 from capavision.wrappers import whole
 
 _norms: MutableMapping[Tensor, tuple[Any, float]] = WeakTensorKeyDictionary()  # with the version that was measured
+_KINDS: dict[str, Any] = {"model": str, "weights": str, "img_size": int | None, "seed": int, "hint": str}
 # Arguments of timm.create_model that choose weights and files, or return something else than the model
 _RESERVED = {"model_name", "num_classes", "features_only", "out_indices", "feature_cls", "feature_cfg", "model_cfg"}
 _RESERVED |= {"pruned", "kwargs_filter", "scriptable", "exportable", "no_jit"}
@@ -35,8 +36,8 @@ class Base:
               where weights come from (pretrained_cfg, checkpoint_path, …) is refused: a file must not.
 
     Raises:
-        ValueError: kwargs that are reserved or not plain; (by build) an unknown model, arguments it does not take,
-            weights that this machine does not have.
+        ValueError: a field of another type, kwargs that are reserved or not plain; (by build) an unknown model,
+            arguments it does not take, weights that this machine does not have.
 
     >>> Base("vit_tiny_patch16_224", weights="random").build(num_classes=10).num_classes
     10
@@ -53,6 +54,9 @@ class Base:
     kwargs: dict[str, Any] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
+        for name, kind in _KINDS.items():
+            if not isinstance(value := getattr(self, name), kind):
+                raise ValueError(f"{name}={value!r} must be {getattr(kind, '__name__', kind)}")
         if not isinstance(self.kwargs, dict):
             raise ValueError(f"kwargs={self.kwargs!r} must be a dict of timm.create_model's arguments by name")
         object.__setattr__(self, "kwargs", {name: _plain(name, value) for name, value in self.kwargs.items()})

@@ -21,16 +21,16 @@ from capavision import host as hosting
 from capavision import learned, masks
 from capavision.attention import classifier
 from capavision.base import Base, differences, fingerprint
-from capavision.delta import Delta, Method
+from capavision.delta import Delta
 from capavision.files import write_tensors
 from capavision.hub import fetched
 from capavision.inject import Injection, apply, base_tensors, injections, whole_head
+from capavision.metadata import FORMAT, check, damaged, from_json, refuse_misplaced, to_json
 from capavision.rollback import undone_on_error
-from capavision.targets import near, refuse_taken
+from capavision.targets import refuse_taken
 from capavision.tying import Tying, masks_of, stored, tie, tied, untie
 from capavision.wrappers import RECORD, bare, refuse_sharded, whole
 
-FORMAT = 1
 _AS_IT_WAS = (
     "; create the model with the arguments it had then and pass it, load(path, model=…), or name them to save: "
     "base=Base(…, kwargs={…})"
@@ -77,7 +77,7 @@ def save(
     values = learned.packed(model, {name: whole(p) for name, p in trained(model).items()})
     metadata = {
         "format": FORMAT,
-        "injections": [_to_json(plan, model) for plan in _with_others(model)],
+        "injections": [to_json(plan, model) for plan in _with_others(model)],
         "tyings": [plan.settings() for plan in tied(model)],
         "masks": _checksum(model),
         "base": dataclasses.asdict(base) if base else None,
@@ -122,11 +122,11 @@ def load(path: str | os.PathLike[str], model: nn.Module | None = None, *, check_
     """
     metadata, tensors = _read(path)
     try:
-        plans = [_from_json(plan, path) for plan in metadata["injections"]]
+        plans = [from_json(plan, path) for plan in metadata["injections"]]
         tyings = [Tying.of(settings) for settings in metadata.get("tyings", [])]
         base = Base(**metadata["base"]) if metadata["base"] else None
     except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path}: its metadata is damaged ({error!r}); save it again") from error
+        raise damaged(path, repr(error)) from error
     if model is None:
         if base is None:
             raise ValueError(f"{path} does not say how its base model was built; pass it: load(path, model=…)")
@@ -298,23 +298,6 @@ def _derived_base(model: nn.Module) -> Base | None:
     return Base(name, img_size=size[0]) if size[0] == size[1] else Base(name, kwargs={"img_size": size})
 
 
-def _to_json(plan: Injection, model: nn.Module) -> dict[str, Any]:
-    plan = dataclasses.replace(plan, head=whole_head(model, plan.hosts))  # reset_classifier may have changed it
-    fields = {f.name: getattr(plan, f.name) for f in dataclasses.fields(plan) if f.name not in ("frozen", "originals")}
-    return {**fields, "method": {"name": plan.method.name, **dataclasses.asdict(plan.method)}}  # type: ignore[call-overload]
-
-
-def _from_json(plan: dict[str, Any], path: str | os.PathLike[str]) -> Injection:
-    name = plan["method"]["name"]
-    if name not in Method.known:
-        raise ValueError(f"{path} holds the method {name!r}, which is not known here; {near(name, Method.known)}")
-    hosts = {host: {part: (s[0], s[1]) for part, s in parts.items()} for host, parts in plan["hosts"].items()}
-    axes = {host: (a[0], a[1], a[2]) for host, a in plan["axes"].items()}
-    method = Method.known[name](**{k: v for k, v in plan["method"].items() if k != "name"})
-    head, trained = tuple(plan["head"]), tuple(plan.get("trained", ()))
-    return Injection(method, plan["seed"], hosts, axes, head, trained, freeze_norm=plan["freeze_norm"])
-
-
 def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
     file_path = fetched(path)
     if not Path(file_path).is_file():
@@ -323,16 +306,11 @@ def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tenso
         with safe_open(file_path, framework="pt") as file:
             metadata = json.loads((file.metadata() or {}).get("capavision", "null"))
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
-    except (SafetensorError, json.JSONDecodeError) as error:
+    except (SafetensorError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} is damaged or no safetensors file ({error}); save it again") from error
     if not isinstance(metadata, dict):
         raise ValueError(f"{path} is a safetensors file, but not one that capavision.save wrote")
-    if lost := {"format", "injections", "masks", "base", "fingerprint", "num_classes"} - metadata.keys():
-        raise ValueError(f"{path}: its metadata is damaged (no {', '.join(sorted(lost))}); save it again")
-    if metadata["format"] > FORMAT:
-        raise ValueError(
-            f"{path} has format {metadata['format']}, this capavision reads up to {FORMAT}; upgrade capavision"
-        )
+    check(path, metadata)
     return metadata, tensors
 
 
@@ -376,7 +354,7 @@ def _check_fit(
     check_base: bool,
 ) -> None:
     if plans and metadata.get("tyings"):
-        raise ValueError(f"{path}: its metadata is damaged (deltas in a tied model); save it again")
+        raise damaged(path, "deltas in a tied model")
     if tied(model) and [plan.settings() for plan in tied(model)] != metadata.get("tyings"):
         raise ValueError(f"the model is tied already, and not as in {path}; create a fresh one, then load it")
     classes = getattr(model, "num_classes", None)
@@ -385,8 +363,9 @@ def _check_fit(
             f"{path} was trained with {metadata['num_classes']} classes and the model has {classes}; "
             f"create it with num_classes={metadata['num_classes']}"
         )
-    names = {name for name, _ in model.named_modules()} | base_tensors(model).keys()
-    missing = [name for plan in plans for name in [*plan.hosts, *plan.head, *plan.trained] if name not in names]
+    modules, values = dict(model.named_modules()), base_tensors(model)
+    missing = [name for plan in plans for name in [*plan.hosts, *plan.head] if name not in modules]
+    missing += [name for plan in plans for name in plan.trained if name not in values]
     if missing:
         base = metadata["base"]["model"] if metadata["base"] else "another model"
         raise ValueError(
@@ -394,11 +373,16 @@ def _check_fit(
         )
     for name in [name for plan in plans for name in plan.hosts]:
         refuse_taken(model, name)
-    if not check_base or metadata.get("tyings"):
-        return
-    trained_on, found = metadata["fingerprint"], fingerprint(model, tensors)
+    if check_base and not metadata.get("tyings"):
+        _check_base(path, metadata["fingerprint"], fingerprint(model, tensors), type(model).__name__)
+    refuse_misplaced(path, model, plans)
+
+
+def _check_base(
+    path: str | os.PathLike[str], trained_on: dict[str, float], found: dict[str, float], model: str
+) -> None:
     if lost := sorted(trained_on.keys() ^ found.keys()):
-        owner = "the file's base" if lost[0] in trained_on else f"this {type(model).__name__}"
+        owner = "the file's base" if lost[0] in trained_on else f"this {model}"
         raise ValueError(
             f"{path} was trained on a base of {len(trained_on)} tensors and the model has {len(found)}: only {owner} "
             f"has {lost[0]}{_AS_IT_WAS}"

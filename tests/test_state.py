@@ -391,6 +391,66 @@ REFUSALS = {
 }  # fmt: skip
 
 
+def lying(entry, match, method=METHOD, **values):
+    """A file in which `entry` of the metadata, of its injection, or a host's entry there, is another one."""
+    targets, parts = ("qkv", "qv") if method is METHOD else (None, None)
+
+    def change(metadata, tensors):
+        place = metadata if entry in metadata else plan_of(metadata)
+        if values:
+            place[entry] |= values["add"]
+        else:
+            place[entry] = None
+
+    return Refusal(lambda path: rewritten(written(path, adapted(tiny_vit(), method, targets, parts)), change), match)
+
+
+def rows(**parts):
+    return {"blocks.0.attn.qkv": parts}
+
+
+ADAPTER, PREFIX = cv.Adapter(rank=4), cv.Prefix(length=2)
+LIES = {
+    "rows that overlap": lying("hosts", r"\(24, 72\)\] are not disjoint rows", add=rows(q=[0, 48], v=[24, 72])),
+    "rows beyond the last": lying("hosts", "which has 144", add=rows(q=[0, 48], v=[120, 168])),
+    "rows before the first": lying("hosts", "are not disjoint rows", add=rows(q=[-48, 0], v=[96, 144])),
+    "rows backwards": lying("hosts", "are not disjoint rows", add=rows(q=[48, 0], v=[96, 144])),
+    "rows of no length": lying("hosts", "are not disjoint rows", add=rows(q=[48, 48], v=[96, 144])),
+    "rows without end": lying("hosts", "are not disjoint rows", add=rows(q=[0, 10**9], v=[96, 144])),
+    "rows of floats": lying("hosts", r"\[0.0, 48\] in the place of 2 whole", add=rows(q=[0.0, 48], v=[96, 144])),
+    "one row": lying("hosts", r"\[0\] in the place of 2 whole numbers", add=rows(q=[0], v=[96, 144])),
+    "a part with a dot": lying("hosts", r"'q\.x' names rows of blocks", add=rows(**{"q.x": [0, 48]})),
+    "a part that is a method": lying("hosts", "'keys' names rows of blocks", add=rows(keys=[0, 48])),
+    "a part without a name": lying("hosts", "'' names rows of blocks", add=rows(**{"": [0, 48]})),
+    "LoRA on a block": lying("hosts", r"lora has no place at blocks\.0, a Block", add={"blocks.0": {}}),
+    "a parameter as host": lying("hosts", "adapts 'cls_token', which VisionTr", add={"cls_token": {}}),
+    "rows of a block": lying("hosts", "adapter has no place at", ADAPTER, add={"blocks.0": {"q": [0, 4]}}),
+    "no axes": lying("axes", "adapter has no place at", ADAPTER, add={"blocks.0": [0, 0, -1]}),
+    "an axis that is none": lying("axes", "adapter has no place at", ADAPTER, add={"blocks.0": [48, 48, 7]}),
+    "axes of strings": lying("axes", "in the place of 3 whole", ADAPTER, add={"blocks.0": ["48", 48, -1]}),
+    "no heads": lying("axes", "prefix has no place at", PREFIX, add={"blocks.0.attn": [48, 48, 0]}),
+    "heads that do not divide": lying("axes", "prefix has no place at", PREFIX, add={"blocks.0.attn": [48, 48, 5]}),
+    "a host twice": Refusal(
+        changed(lambda m, t: m["injections"].append(plan_of(m))), r"blocks\.0\.attn\.qkv is given two deltas"
+    ),
+    "a parameter as head": Refusal(changed(lambda m, t: plan_of(m).update(head=["cls_token"])), "adapts 'cls_token'"),
+    "a list as head": Refusal(changed(lambda m, t: plan_of(m).update(head=[["a"]])), "in the place of names"),
+    "a module as tensor": Refusal(changed(lambda m, t: plan_of(m).update(trained=["blocks.0"])), "adapts 'blocks.0'"),
+    "a rank below 1": Refusal(changed(lambda m, t: plan_of(m)["method"].update(rank=-1)), r"it\S+: lora: rank=-1 must"),
+    "a seed that is none": Refusal(changed(lambda m, t: plan_of(m).update(seed="0")), "in the place of 1 whole"),
+    "a format of text": Refusal(changed(lambda m, t: m.update(format="1")), "format is a str"),
+    "a base of numbers": Refusal(changed(lambda m, t: m["base"].update(model=5)), "model=5 must be str"),
+    "norms of text": Refusal(changed(lambda m, t: m.update(fingerprint={"a": "x"})), "something else than numbers"),
+    "deep JSON": Refusal(
+        lambda path: save_file({"a": torch.ones(1)}, path, {"capavision": "[" * 200_000}), "is damaged or no safet"
+    ),
+} | {
+    f"{name} of null": lying(name, f"metadata is damaged .*{name if name in ('fingerprint', 'masks') else ''}")
+    for name in ("fingerprint", "masks", "injections", "hosts", "axes", "head", "method")
+}  # fmt: skip
+REFUSALS |= LIES
+
+
 @pytest.mark.parametrize("case", REFUSALS.values(), ids=REFUSALS)
 def test_a_file_that_does_not_fit_is_refused_and_the_model_stays_as_it_was(tmp_path, case):
     path = tmp_path / "it.safetensors"
