@@ -167,6 +167,8 @@ def inject(
     """
     if not isinstance(method, Method):
         raise TypeError(f"method must be a capavision method such as LoRA(rank=8), not {method!r}")
+    if not isinstance(seed, int):
+        raise TypeError(f"seed={seed!r} must be an int: files hold it, and what they cannot hold is refused here")
     model = bare(model)
     refuse_sharded(model, "inject before fully_shard")
     if tied(model):

@@ -18,6 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from capavision.checks import whole
+
 Draw = Callable[[int, int], np.ndarray]  # (branch, count) -> count raw 64-bit words
 
 
@@ -139,8 +141,7 @@ class Sharing:
     def __post_init__(self) -> None:
         if self.masks not in (*KINDS, "learned"):
             raise ValueError(f"masks={self.masks!r} is unknown; choose one of {', '.join(KINDS)}, learned")
-        if not isinstance(self.branches, int) or self.branches < 1:
-            raise ValueError(f"branches={self.branches!r} must be a whole number of at least 1 (1 is the plain method)")
+        whole("branches", self.branches, " (1 is the plain method)")
         if self.density is None:
             only = 1 / self.branches if self.masks == "complementary" else 0.5
             object.__setattr__(
@@ -151,8 +152,8 @@ class Sharing:
     def _check_density(self) -> None:
         density, branches = self.density, self.branches
         assert density is not None
-        if not 0 < density <= 1:
-            raise ValueError(f"density={density} must lie in (0, 1]: it is the share of entries each mask keeps")
+        if not (isinstance(density, (int, float)) and 0 < density <= 1):
+            raise ValueError(f"density={density!r} must lie in (0, 1]: it is the share of entries each mask keeps")
         if self.masks == "complementary" and abs(density * branches - 1) > 1e-6:
             raise ValueError(
                 f"complementary masks share the entries out among {branches} branches, so density is {1 / branches:g}, "

@@ -61,6 +61,7 @@ def save(
     Raises:
         ValueError: the model carries no injection or lost a host of it, and is not tied; `classes` does not fit its
             logits.
+        TypeError: `classes` or `info` holds what JSON cannot.
         OSError: the disk is full or the folder cannot be written; a file that was there stays.
 
     >>> save(model, "dtd.safetensors", classes=["banded", "blotchy"])  # doctest: +SKIP
@@ -69,6 +70,10 @@ def save(
     if not tied(model):
         refuse_unsavable(model)
     num_classes = getattr(model, "num_classes", None)
+    for name, value in {"classes": classes, "info": info and dict(info)}.items():
+        _check_json(name, value)
+    if isinstance(classes, str):
+        raise TypeError(f"classes={classes!r} is one string; pass a list of names")
     if classes is not None and num_classes not in (None, len(classes)):
         raise ValueError(f"{len(classes)} class names for a model with {num_classes} classes")
     base = base or _derived_base(model)
@@ -87,6 +92,16 @@ def save(
         "info": dict(info or {}),
     }
     write_tensors(path, values, {"capavision": json.dumps(metadata)})
+
+
+def _check_json(name: str, value: object) -> None:
+    try:
+        json.dumps(value)
+    except (TypeError, ValueError) as error:
+        raise TypeError(
+            f"{name} goes into the file as JSON: numbers, strings, bools, None, lists and dicts of them ({error}); a "
+            "tensor or array has .tolist()"
+        ) from error
 
 
 def refuse_unsavable(model: nn.Module) -> None:

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections import namedtuple
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -584,10 +585,28 @@ def test_a_failing_write_leaves_the_old_file_and_no_other(tmp_path, monkeypatch)
 def test_info_that_json_cannot_hold_leaves_the_old_file(tmp_path):
     path = written(tmp_path / "it.safetensors")
     old = path.read_bytes()
-    with pytest.raises(TypeError, match="not JSON serializable"):
+    with pytest.raises(TypeError, match=r"info goes into the file as JSON.*Tensor is not JSON.*\.tolist\(\)"):
         written(path, info={"mean": torch.zeros(3)})
+    with pytest.raises(TypeError, match=r"classes goes into the file as JSON.*ndarray"):
+        written(path, classes=np.array(list("abcde")))
+    with pytest.raises(TypeError, match="classes='abcde' is one string; pass a list"):
+        written(path, classes="abcde")
     assert path.read_bytes() == old
     assert [p.name for p in tmp_path.iterdir()] == ["it.safetensors"]
+
+
+@pytest.mark.parametrize("settings", [{"alpha": np.float32(3)}, {"alpha": "8"}, {"density": "1"}, {"branches": True}])
+def test_settings_that_json_cannot_hold_are_refused_before_training(settings):
+    (name,) = settings
+    with pytest.raises(ValueError, match=f"{name}=.* must"):
+        cv.LoRA(**settings)
+
+
+def test_a_seed_that_json_cannot_hold_is_refused_before_training(vit):
+    before = snapshot(vit)
+    with pytest.raises(TypeError, match=r"seed=.*3.* must be an int"):
+        cv.inject(vit, METHOD, seed=np.int64(3))
+    assert_unchanged(vit, before)
 
 
 def test_a_folder_in_the_way_is_an_os_error(tmp_path):

@@ -226,7 +226,7 @@ def test_relu_is_refused_because_it_starts_dead():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: cv.Circulant(alpha=0), "alpha=0 must be a finite number other than 0, which would leave M at 0"),
+        (lambda: cv.Circulant(alpha=0), "alpha=0 must be a finite int or float other than 0, which would leave M at 0"),
         (
             lambda: cv.LDR(where="beside"),
             "where='beside' is unknown; choose one of weight, pfeiffer, houlsby, parallel",

@@ -257,7 +257,7 @@ REFUSED = {
     "device": (["--task", "digits", "--device", "tpu"], "--device tpu is not on this machine; here: "),
     "flag": (["--task", "digits", "--rnak", "4"], "unrecognized arguments: --rnak 4; did you mean '--rank'"),
     "value": (["--task", "digits", "--rank", "four"], "argument --rank: invalid int value: 'four'; see python -m"),
-    "alpha": (["--task", "digits", "--alpha", "0"], "alpha=0.0 must be a finite number other than 0"),
+    "alpha": (["--task", "digits", "--alpha", "0"], "alpha=0.0 must be a finite int or float other than 0"),
     "seed": (["--task", "digits", "--seed", str(10**20)], "must lie in [0, 2147483648)"),
     "tag": (["--task", "digits", "--model", "vit_tiny_patch16_224.foo"], "has no weights tagged 'foo'; did you mean"),
     "size": (["--task", "digits", "--img-size", "8"], "test_vit cannot take images of 8 pixels; choose another"),
