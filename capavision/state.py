@@ -29,7 +29,7 @@ from capavision.metadata import FORMAT, check, damaged, from_json, refuse_mispla
 from capavision.rollback import undone_on_error
 from capavision.targets import refuse_taken
 from capavision.tying import Tying, masks_of, stored, tie, tied, untie
-from capavision.wrappers import RECORD, bare, refuse_sharded, whole
+from capavision.wrappers import RECORD, bare, refuse_meta, refuse_sharded, whole
 
 _AS_IT_WAS = (
     "; create the model with the arguments it had then and pass it, load(path, model=…), or name them to save: "
@@ -67,6 +67,7 @@ def save(
     >>> save(model, "dtd.safetensors", classes=["banded", "blotchy"])  # doctest: +SKIP
     """
     model = bare(model)
+    refuse_meta(model)
     if not tied(model):
         refuse_unsavable(model)
     num_classes = getattr(model, "num_classes", None)
@@ -147,6 +148,7 @@ def load(path: str | os.PathLike[str], model: nn.Module | None = None, *, check_
             raise ValueError(f"{path} does not say how its base model was built; pass it: load(path, model=…)")
         model = base.build(metadata["num_classes"]).eval()
     inner = bare(model)
+    refuse_meta(inner)
     refuse_sharded(inner, "load before fully_shard")
     own = base_tensors(inner)
     written = [*tensors, *(name for plan in injections(inner) for name in plan.trained)]

@@ -4,6 +4,7 @@ import difflib
 import fnmatch
 import itertools
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 from torch import nn
 
@@ -53,6 +54,8 @@ def _match(model: nn.Module, patterns: list[str], method: Method) -> list[str]:
     if not patterns:
         raise ValueError("targets is an empty list; leave it out for the method's own choice, or name modules")
     for pattern in patterns:
+        if not isinstance(pattern, str):
+            raise TypeError(f"targets are names of modules, not {type(pattern).__name__}: {pattern!r}")
         named = None if pattern in modules else group(model, pattern, method.placement or Delta)
         if named is None:
             named = _names(pattern, list(modules))
@@ -121,9 +124,12 @@ def _rows(model: nn.Module, name: str, parts: Parts) -> Spans:
                 f"such as parts=[slice(0, {n_out // 3})], or leave parts out to adapt all rows"
             )
         return {letter: known[letter] for letter in known if letter in parts}
-    spans = sorted(piece.indices(n_out)[:2] for piece in parts)
-    steps = {piece.step for piece in parts} - {None, 1}
+    pieces: list[Any] = list(parts) if isinstance(parts, (list, tuple)) else [None]
+    if not all(isinstance(piece, slice) for piece in pieces):
+        raise TypeError(f"parts={parts!r} must be letters of 'q', 'k', 'v', or a list of slices: [slice(0, {n_out})]")
+    spans = sorted(piece.indices(n_out)[:2] for piece in pieces)
+    steps = {piece.step for piece in pieces} - {None, 1}
     overlap = any(a[1] > b[0] for a, b in itertools.pairwise(spans))
     if steps or overlap or not spans or any(start >= stop for start, stop in spans):
-        raise ValueError(f"{name}: parts={list(parts)} are not disjoint, non-empty row slices of its {n_out} rows")
+        raise ValueError(f"{name}: parts={pieces} are not disjoint, non-empty row slices of its {n_out} rows")
     return {f"rows{start}_{stop}": (start, stop) for start, stop in spans}

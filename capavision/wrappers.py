@@ -19,8 +19,11 @@ def bare(model: nn.Module) -> nn.Module:
     """The model that the names of a saved file refer to.
 
     Raises:
+        TypeError: it is no module.
         ValueError: it stands in a wrapper that must come after inject, or holds one that renames its modules.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, not {model!r}")
     inner = model._modules.get("_orig_mod") or model  # swapping classes under a compiled model makes it compile again
     modules = dict(inner.named_modules())
     if carriers := [name for name, module in modules.items() if name and RECORD in vars(module)]:
@@ -50,6 +53,16 @@ def refuse_sharded(model: nn.Module, cure: str) -> None:
     for name, p in model.named_parameters():
         if is_sharded(p):
             raise ValueError(f"{name} is sharded over processes; {cure}")
+
+
+def refuse_meta(model: nn.Module) -> None:
+    """Raise ValueError if a parameter is on the meta device."""
+    for name, p in model.named_parameters():
+        if p.is_meta:
+            raise ValueError(
+                f"{name} is on the meta device and holds no values; create the model on a device, or fill it first: "
+                "model.load_state_dict(values, assign=True)"
+            )
 
 
 def whole(tensor: Tensor) -> Tensor:

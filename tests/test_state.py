@@ -595,6 +595,23 @@ def test_info_that_json_cannot_hold_leaves_the_old_file(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["it.safetensors"]
 
 
+def test_a_model_without_values_is_neither_saved_nor_loaded_onto(tmp_path):
+    path = written(tmp_path / "it.safetensors")
+    match = "cls_token is on the meta device and holds no values; create"
+    with pytest.raises(ValueError, match=match):
+        cv.load(path, tiny_vit().to("meta"), check_base=False)
+    with pytest.raises(ValueError, match=match):
+        written(tmp_path / "never.safetensors", adapted(tiny_vit()).to("meta"))
+
+
+@pytest.mark.parametrize(
+    "verb", [cv.fold, cv.remove, lambda model: cv.save(model, "a"), lambda m: cv.inject(m, METHOD)]
+)
+def test_what_is_no_model_is_called_so(verb):
+    with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, not 'a\.safetensors'"):
+        verb("a.safetensors")
+
+
 @pytest.mark.parametrize("settings", [{"alpha": np.float32(3)}, {"alpha": "8"}, {"density": "1"}, {"branches": True}])
 def test_settings_that_json_cannot_hold_are_refused_before_training(settings):
     (name,) = settings

@@ -616,3 +616,19 @@ def test_every_interleaved_projection_is_adapted_whole_by_default():
 def test_ordinary_layers_have_no_parts(vit):
     assert parts_of(vit, "blocks.0.attn.proj") == parts_of(vit, "blocks.0.mlp.fc1") == {}
     assert parts_of(vit, "blocks.0.attn.qkv") == ROWS
+
+
+@pytest.mark.parametrize(
+    ("arguments", "match"),
+    [
+        ((cv.LoRA(), ["qkv", nn.Linear(2, 2)]), "targets are names of modules, not Linear"),
+        ((cv.LoRA(), [3]), "targets are names of modules, not int: 3"),
+        ((cv.LoRA(), "qkv", [(0, 10)]), r"parts=\[\(0, 10\)\] must be letters .* \[slice\(0, 144\)\]"),
+        ((cv.LoRA(), "qkv", slice(0, 10)), "must be letters of 'q', 'k', 'v', or a list of slices"),
+    ],
+)
+def test_arguments_of_another_type_are_refused(vit, arguments, match):
+    before = snapshot(vit)
+    with pytest.raises(TypeError, match=match):
+        cv.inject(vit, *arguments)
+    assert_unchanged(vit, before)
