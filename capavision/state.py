@@ -337,7 +337,8 @@ def _make_way(model: nn.Module, plans: list[Injection], num_classes: int | None)
         return
     own_head = classifier(model).keys() <= {name for plan in injections(model) for name in plan.head}
     own_plans = [dataclasses.replace(plan, frozen=()) for plan in injections(model)]
-    if own_plans != plans or _lost(model):
+    orders = [[list(plan.hosts) for plan in each] for each in (own_plans, plans)]  # first hosts own learned values
+    if own_plans != plans or orders[0] != orders[1] or _lost(model):
         remove(model)
     if own_head and num_classes is not None and num_classes != getattr(model, "num_classes", None):
         _reset_classes(model, num_classes)

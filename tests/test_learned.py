@@ -413,6 +413,17 @@ def test_a_file_changes_a_model_with_learned_masks_in_place_or_not_at_all(tmp_pa
     assert torch.equal(outputs(cv.load(path, plain), x), outputs(model, x))
 
 
+def test_a_file_changes_a_model_whose_hosts_were_named_in_another_order(tmp_path):
+    """The first host owns the prototype, so that the same settings in another order are another model."""
+    names, x = ["blocks.0.mlp.fc1", "blocks.1.mlp.fc1"], images()
+    model, other = awaken(tiny_vit()), awaken(tiny_vit())
+    cv.inject(model, LORA, names)
+    cv.inject(other, LORA, names[::-1])
+    cv.save(awaken_deltas(model), tmp_path / "it.safetensors")
+    assert_moved(outputs(model, x), outputs(other, x))
+    assert torch.equal(outputs(cv.load(tmp_path / "it.safetensors", other), x), outputs(model, x))
+
+
 def test_a_card_counts_the_values_and_the_bytes_of_masks(tmp_path):
     _, path = saved(tmp_path)
     card = cv.model_card(path)
