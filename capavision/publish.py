@@ -16,6 +16,7 @@ from torch import nn
 from capavision.host import SLOT
 from capavision.hub import FILE, SCHEME, check_repo, fetched, upload
 from capavision.learned import BITS
+from capavision.metadata import damaged
 from capavision.state import describe, save
 
 SHOWN = 20  # class names in the card
@@ -84,9 +85,12 @@ def model_card(
 
     Raises:
         ValueError: not one of our files, or damaged.
+        TypeError: a metric that is no number.
 
     >>> print(model_card("dtd.safetensors", repo_id="me/dtd", metrics={"accuracy": 71.2}))  # doctest: +SKIP
     """
+    for kind, value in (metrics or {}).items():
+        _check_number(kind, value)
     about = describe(path)
     name = (repo_id or Path(path).stem).rpartition("/")[2]
     try:
@@ -95,9 +99,16 @@ def model_card(
         rows = [*_task_rows(about, dataset), *_method_rows(about, _sizes(path)), *_metric_rows(metrics)]
         front = _front_matter(about, name, metrics, dataset, license)
         body = _body(name, rows, f"{SCHEME}{repo_id}" if repo_id else os.fspath(path), about["base"])
-    except (KeyError, TypeError, AttributeError, IndexError) as error:
-        raise ValueError(f"{path}: its metadata is damaged ({error!r}); save it again") from error
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        raise damaged(path, repr(error)) from error
     return f"---\n{front}\n---\n\n{body}"
+
+
+def _check_number(kind: str, value: object) -> None:
+    try:
+        float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"metrics[{kind!r}]={value!r} must be a number") from error
 
 
 def _front_matter(

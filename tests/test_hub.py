@@ -346,3 +346,14 @@ def test_the_real_library_says_offline():
         cv.load("hf-hub:me/task")
     with pytest.raises(OSError, match="me/task"):
         cv.push_to_hub(adapted(tiny_vit()), "me/task")
+
+
+@pytest.mark.parametrize("value", [None, "high"])
+def test_an_accuracy_that_is_no_number_is_told_apart_by_where_it_came_from(tmp_path, value):
+    model = tiny_vit()
+    cv.inject(model, cv.LoRA(rank=2))
+    cv.save(model, path := tmp_path / "it.safetensors", info={"accuracy": value or [value]})
+    with pytest.raises(TypeError, match=rf"metrics\['accuracy'\]={value!r} must be a number"):
+        cv.model_card(path, metrics={"accuracy": value})
+    with pytest.raises(ValueError, match=r"it\.safetensors: its metadata is damaged"):
+        cv.model_card(path)
