@@ -191,8 +191,8 @@ def inject(
 
 
 def whole_head(model: nn.Module, hosts: Collection[str]) -> tuple[str, ...]:
-    """The classifier by name, which is trained as it stands; a host in it gets a delta instead."""
-    return tuple(name for name in classifier(model) if name not in hosts)
+    """The classifier by name, which is trained as it stands; a host in it, of an earlier injection too, is not."""
+    return tuple(name for name, m in classifier(model).items() if name not in hosts and not hosting.is_swapped(m))
 
 
 def _attentions(

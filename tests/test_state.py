@@ -101,6 +101,17 @@ def test_two_injections_come_back_in_their_order(tmp_path):
     assert torch.equal(outputs(fresh, x), outputs(model, x))
 
 
+def test_a_second_injection_leaves_an_adapted_head_frozen(tmp_path):
+    model, fresh, x = tiny_vit(), with_another_head(tiny_vit()), images()
+    adapted(model, METHOD, ["head"])
+    adapted(model, METHOD, "fc1")
+    assert [name for name, p in model.named_parameters() if p.requires_grad and ".delta." not in name] == []
+    cv.load(written(tmp_path / "it.safetensors", model), fresh)
+    assert torch.equal(outputs(fresh, x), outputs(model, x))
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert {name for name, p in fresh.named_parameters() if p.requires_grad} == trained
+
+
 def test_what_was_loaded_is_trained_folded_and_saved_again(tmp_path):
     model, fresh, x = adapted(tiny_vit()), tiny_vit(), images()
     cv.load(written(tmp_path / "first.safetensors", model), fresh)
