@@ -374,7 +374,7 @@ UNFIT = {
     "a setting of tomorrow": (tiny_vit, {"twisted": 2}, None, "twisted=2"),
     "a rank that is not the file's": (tiny_vit, {"r": 9}, None, "has rank 4, the configuration says 9"),
     "no alpha": (tiny_vit, {"lora_alpha": None}, None, "its rank or alpha is damaged"),
-    "an alpha of zero": (tiny_vit, {"lora_alpha": 0}, None, "finite number other than 0"),
+    "an alpha of zero": (tiny_vit, {"lora_alpha": 0}, None, "finite int or float other than 0"),
     "another architecture": (
         lambda: create("test_resnet"),
         {},
