@@ -7,7 +7,6 @@
 >>> # cv.save(model, "task.safetensors"); model = cv.load("task.safetensors"); cv.fold(model)
 """
 
-from capavision import methods as methods
 from capavision.base import Base
 from capavision.delta import AttentionDelta, Delta, Factors, Method, OutputDelta, Site, WeightDelta
 from capavision.inject import Report, inject, parameter_groups, parameters
@@ -62,3 +61,6 @@ __all__ = [
     "tie",
     "to_peft",
 ]
+
+# Last, for a file dropped in there may import every name above.
+from capavision import methods as methods

@@ -95,8 +95,15 @@ def base_tensors(model: nn.Module) -> dict[str, Tensor]:
 def parameters(model: nn.Module) -> list[nn.Parameter]:
     """The trained parameters, those of deltas and head: hand them to the optimizer.
 
+    Raises:
+        ValueError: the model was never injected, so that all of it would be trained; `Full` does that on purpose.
+
     >>> optimizer = torch.optim.AdamW(parameters(model), lr=1e-3)  # doctest: +SKIP
     """
+    if not any(injections(module) or tied(module) for module in model.modules()):
+        raise ValueError(
+            f"the {type(model).__name__} carries no injection, and all of it would be trained; capavision.inject first"
+        )
     return [p for p in model.parameters() if p.requires_grad]
 
 

@@ -159,6 +159,10 @@ class Sharing:
                 f"complementary masks share the entries out among {branches} branches, so density is {1 / branches:g}, "
                 f"not {density}; leave density out, or choose masks='random'"
             )
+        if self.masks == "complementary" and branches == 1:
+            raise ValueError(
+                "complementary masks share the entries out among branches, so branches is at least 2, not 1"
+            )
         if self.masks == "2:4" and density != 0.5:
             raise ValueError(f"2:4 masks keep half of every four entries: density is 0.5, not {density}; leave it out")
         if self.masks == "2:4" and branches > 1 and branches % 2:

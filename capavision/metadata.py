@@ -60,7 +60,10 @@ def from_json(plan: dict[str, Any], path: str | os.PathLike[str]) -> Injection:
     """
     name = plan["method"]["name"]
     if name not in Method.known:
-        raise ValueError(f"{path} holds the method {name!r}, which is not known here; {near(name, Method.known)}")
+        raise ValueError(
+            f"{path} holds the method {name!r}, which is not known here; {near(name, Method.known)} (one "
+            "of your own: import its module first)"
+        )
     try:
         method = Method.known[name](**{k: v for k, v in plan["method"].items() if k != "name"})
     except ValueError as error:

@@ -4,6 +4,7 @@ Every step is an ordinary command, printed before it runs, to be repeated by han
 packages: the images are drawn (dSprites-like, 16 classes: in which column is the shape?), the backbone is in a package.
 """
 
+import argparse
 import json
 import shlex
 import subprocess
@@ -62,6 +63,7 @@ def _accuracy(result: dict[str, Any]) -> str:
 
 def main() -> None:
     """Run the commands, then print the table and where everything is."""
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     start = time.perf_counter()
     free = (Path("runs") / (f"demo-{n}" if n else "demo") for n in count())
     out = next(folder for folder in free if not folder.exists())

@@ -130,8 +130,10 @@ def build(arm: str, num_classes: int, seed: int, density: float | None = None) -
     )
     if arm.startswith("tied"):
         cv.tie(model, density=density, seed=seed)
-    elif arm == "equilibrium":
+        return model
+    if arm == "equilibrium":
         model.blocks = nn.Sequential(Equilibrium(model.blocks[0], WIDTH))
+    cv.inject(model, cv.Full())
     return model
 
 

@@ -234,7 +234,6 @@ def test_one_flipped_entry_changes_the_checksum():
     ("given", "density"),
     [
         ((), 1.0),
-        ((1, None, "complementary"), 1.0),
         ((1, None, "2:4"), 0.5),
         ((2,), 0.5),
         ((4,), 0.5),
@@ -276,6 +275,7 @@ CASES = [
         {"branches": 2, "density": 0.25, "masks": "2:4"},
         "2:4 masks keep half of every four entries: density is 0.5, not 0.25",
     ),
+    Case({"branches": 2, "masks": "complementary"}, {"masks": "complementary"}, "branches is at least 2, not 1"),
     Case({"branches": 4, "masks": "2:4"}, {"branches": 3, "masks": "2:4"}, "branches is 1 or even, not 3"),
     Case({"branches": 2, "density": 0.99}, {"branches": 2, "density": 1.0}, "density=1 makes the 2 branches equal"),
 ]

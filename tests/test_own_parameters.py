@@ -134,3 +134,13 @@ def test_stacked_methods_come_off_in_turn():
                 p.add_(0.1)
     cv.remove(model)
     assert_unchanged(model, before)
+
+
+def test_a_model_without_injection_has_no_parameters_to_hand_out(vit):
+    """A forgotten inject would train all of it."""
+    with pytest.raises(ValueError, match=r"VisionTransformer carries no injection.*capavision\.inject first"):
+        cv.parameters(vit)
+    with pytest.raises(ValueError, match="carries no injection"):
+        cv.parameter_groups(vit, 1e-3)
+    cv.inject(vit, cv.Full())
+    assert len(cv.parameters(nn.Sequential(vit))) == len(list(vit.parameters()))

@@ -204,7 +204,7 @@ def test_an_exif_turned_image_is_set_upright(class_folders):
     assert pixels[-8:].mean() > 200
 
 
-def test_class_folders_are_split_once_and_stay_so(class_folders):
+def test_class_folders_are_split_once_and_stay_so(class_folders, capsys):
     first = open_task("", class_folders, seed=0)
     assert first.classes == ["cat", "dog"]
     assert [len(first.splits[s]) for s in ("train", "val", "trainval", "test")] == [12, 4, 16, 4]
@@ -216,6 +216,7 @@ def test_class_folders_are_split_once_and_stay_so(class_folders):
     assert again.splits["test"].names == first.splits["test"].names
     Image.new("RGB", (9, 7)).save(class_folders / "cat" / "new.png")
     assert open_task("", class_folders).facts["images_outside_split"] == 1
+    assert "1 images of" in capsys.readouterr().out
 
 
 def _rows(split):

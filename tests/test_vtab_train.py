@@ -263,6 +263,11 @@ REFUSED = {
     "size": (["--task", "digits", "--img-size", "8"], "test_vit cannot take images of 8 pixels; choose another"),
     "drop path": (["--task", "digits", "--model", "vgg11"], "vgg11 has no stochastic depth; pass --drop-path 0"),
     "demo size": (["--task", "digits", "--model", "demo", "--img-size", "50"], "choose a multiple"),
+    "complementary": (["--task", "digits", "--masks", "complementary"], "branches is at least 2, not 1"),
+    "demo weights": (
+        ["--task", "digits", "--model", "demo", "--weights", "a.safetensors"],
+        "--weights a.safetensors needs its timm model's name",
+    ),
     "weights": (["--task", "digits", "--weights", "model.pt"], "not a .safetensors file here"),
 }
 

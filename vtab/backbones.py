@@ -38,6 +38,10 @@ def resolve(model: str, weights: str = "pretrained", img_size: int | None = None
         ValueError: the package or the file is missing, a size the demo model cannot take.
     """
     if model == "demo":
+        if weights not in ("pretrained", "random"):
+            raise ValueError(
+                f"--weights {weights} needs its timm model's name, --model NAME; the demo has its own weights"
+            )
         size = img_size or DEMO_SIZE
         if size % 14:
             raise ValueError(

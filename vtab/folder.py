@@ -39,6 +39,10 @@ def open_folder(root: Path, name: str = "", seed: int = 0, split_file: Path | No
     labels = {name: classes.index(name.split("/")[0]) for names in split.values() for name in names}
     splits = {name: file_split(root, names, [labels[n] for n in names]) for name, names in split.items()}
     unlisted = len(set(files) - labels.keys())
+    if unlisted:
+        print(
+            f"{unlisted} images of {root} are not in {path.name}, which was drawn before them; delete it to draw anew"
+        )
     facts = {"generated": False, "split_file": path.name, "images_outside_split": unlisted}
     return Data(name or root.resolve().name, classes, splits, f"class folders in {root.resolve().name}", facts)
 
