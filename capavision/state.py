@@ -117,7 +117,8 @@ def load(path: str | os.PathLike[str], model: nn.Module | None = None, *, check_
 
     A model that carries deltas already changes to the file's in place, in milliseconds: the deltas, the head (with the
     file's number of classes, where timm's reset_classifier can make it), and all else that was trained. Where both were
-    made with the same settings and seed, their values alone are written, so that a compiled graph stays valid.
+    made with the same settings and seed, their values alone are written, so that a compiled graph stays valid; else the
+    parameters are new ones, which an optimizer made before does not know.
 
     Args:
         path: a file written by `save`, or "hf-hub:user/name", a repo on the Hugging Face hub (add @revision for one
