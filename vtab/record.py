@@ -25,7 +25,7 @@ from vtab.evaluate import accuracy, predict
 from vtab.setup import Setup
 
 SHOWN = 16  # test images in predictions.png
-BEGUN = ("checkpoint.safetensors", "result.json", "tuning.json")  # any of them makes a folder a run's
+BEGUN = ("checkpoint.safetensors", "adapter.safetensors", "result.json", "tuning.json")  # with config.json: a run's
 
 
 def write(path: Path, text: str) -> None:
@@ -46,7 +46,7 @@ def check(folder: Path, config: Config) -> None:
         ValueError: the folder holds something else.
     """
     written, settings = folder / "config.json", json.loads(json.dumps(config.record()))
-    if any((folder / name).is_file() for name in BEGUN):
+    if written.is_file() and any((folder / name).is_file() for name in BEGUN):
         try:
             found = json.loads(written.read_text())
         except ValueError as error:

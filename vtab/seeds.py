@@ -40,7 +40,7 @@ def parse(text: str) -> list[int]:
     ([0, 1, 2], [18, 45, 25], [7])
     """
     try:
-        words = text.removesuffix(",").split(",") if "," in text else range(int(text))
+        words = text.removesuffix(",").split(",") if "," in text else range(min(int(text), MOST + 1))
         found = [int(word) for word in words]
     except ValueError:
         raise ValueError(f"--seeds {text!r} must be a count, such as 3, or a list, such as 0,1,2") from None

@@ -127,9 +127,10 @@ def fit(
         history = checkpoint.read(saved, model, optimizer)["history"]
         record.write_metrics(folder, history)
         print(f"resuming after epoch {len(history)} of {config.epochs}")
-    done, total = len(history) * len(images), config.epochs * len(images)
+    last, seen = until or config.epochs, min(len(images), config.steps(len(images)) * config.batch_size)
+    done, total = len(history) * seen, last * seen
     with tqdm(total=total, initial=done, unit="img", desc="train", mininterval=0.5) as bar:
-        for epoch in range(len(history), until or config.epochs):
+        for epoch in range(len(history), last):
             row = run_epoch(model, images, labels, normalize, optimizer, schedule, config, epoch, bar)
             if row["step"] is not None:
                 raise checkpoint.DivergedError(

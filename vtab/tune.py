@@ -37,10 +37,10 @@ def grid(config: Config) -> list[Settings]:
     >>> grid(Config(task="dtd", method=LinearProbe(), lr=0.01))
     [{'lr': 0.003}, {'lr': 0.01}, {'lr': 0.03}]
     """
-    axes = {"lr": [_round(config.lr * factor) for factor in factors("--tune-lr", config.tune_lr)]}
+    axes = {"lr": _times(config.lr, factors("--tune-lr", config.tune_lr))}
     if scale := scale_field(config.method):
         own = getattr(config.method, scale)
-        axes[scale] = [_round(own * factor) for factor in factors("--tune-scale", config.tune_scale)]
+        axes[scale] = _times(own, factors("--tune-scale", config.tune_scale))
     points = [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
     if len(points) < 2:
         raise ValueError(
@@ -149,12 +149,15 @@ def _begin(config: Config, folder: Path) -> dict[str, Any]:
     if file.is_file():
         begun: dict[str, Any] = json.loads(file.read_text())
         return begun
-    points, fresh = grid(config), {"epochs": 0, "val_accuracy": None, "seconds": 0.0, "diverged": None}
+    points = grid(config)
+    for point in points:
+        _with(config, point)  # refuses what cannot be trained, before anything is
+    fresh = {"epochs": 0, "val_accuracy": None, "seconds": 0.0, "diverged": None}
     return {
         "rule": RULE,
         "trained_on": "train800",
         "seed": _seed(config),
-        "plan": rungs(len(points), config.epochs, config.warmup),
+        "plan": [list(rung) for rung in rungs(len(points), config.epochs, config.warmup)],
         "epochs_of_the_whole_grid": len(points) * config.epochs,
         "chosen": None,
         "trials": [{"settings": point, **fresh, "looks": {}} for point in points],
@@ -200,9 +203,9 @@ def _text(settings: Settings) -> str:
 
 
 def _write(folder: Path, state: dict[str, Any]) -> None:
-    trained = sum(trial["epochs"] for trial in state["trials"])
-    write(folder / "tuning.json", json.dumps(state | {"epochs_trained": trained}, indent=1))
+    state["epochs_trained"] = sum(trial["epochs"] for trial in state["trials"])
+    write(folder / "tuning.json", json.dumps(state, indent=1))
 
 
-def _round(value: float) -> float:
-    return float(f"{value:.6g}")  # 0.3 · 1e-3 is 0.0003
+def _times(value: float, factors: list[float]) -> list[float]:
+    return list(dict.fromkeys(float(f"{value * factor:.6g}") for factor in factors))  # 0.3 · 1e-3 is 0.0003
