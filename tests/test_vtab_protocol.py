@@ -17,7 +17,18 @@ from vtab.evaluate import NORMS, Preprocessing, predict
 TINY = ["--task", "digits", "--model", "test_vit", "--weights", "random", "--img-size", "32", "--rank", "2"]
 TINY += ["--batch-size", "125", "--epochs", "2", "--test-limit", "60"]
 LEARNS = ["--targets", "linear", "--drop-path", "0", "--lr", "5e-3"]
+REAL_CURVE = plots.curve
 LABEL = "paper protocol: best of 3 looks at the test split, not comparable with honest results"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def drawn():
+    """What would be drawn: drawing takes longer than the training here, and is tested with the trainer."""
+    calls = []
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        for picture in ("curve", "predictions"):
+            monkeypatch.setattr(plots, picture, lambda *args: calls.append(args))
+        yield calls
 
 
 def run(out, *argv):
@@ -37,9 +48,9 @@ def honest(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def paper(tmp_path_factory):
-    """Six epochs with a look at every second, the middle one made the best; and what was printed and drawn."""
-    out, titles, monkeypatch = tmp_path_factory.mktemp("paper"), [], pytest.MonkeyPatch()
+def paper(tmp_path_factory, drawn):
+    """Six epochs with a look at every second, the middle one made the best; and what was drawn."""
+    out, before, monkeypatch = tmp_path_factory.mktemp("paper"), len(drawn), pytest.MonkeyPatch()
     real = train.run_epoch
 
     def spoils_the_last_epochs(*args):
@@ -48,13 +59,10 @@ def paper(tmp_path_factory):
         return real(*args)
 
     monkeypatch.setattr(train, "run_epoch", spoils_the_last_epochs)
-    for picture in ("curve", "predictions"):
-        drawn = getattr(plots, picture)
-        monkeypatch.setattr(plots, picture, lambda *args, drawn=drawn: titles.append(args) or drawn(*args))
     argv = ["--protocol", "paper", "--test-every", "2", "--epochs", "6", *LEARNS]
     result = run(out, "--name", "a", *argv)
     monkeypatch.undo()
-    return out / "a", result, titles, argv
+    return out / "a", result, drawn[before:], argv
 
 
 def test_the_record_has_the_weighty_facts(honest):
@@ -268,6 +276,23 @@ def test_settings_that_do_not_fit_are_refused_and_leave_nothing(case, tmp_path):
     base = ["--task", "digits", "--model", "test_vit", "--weights", "random", "--img-size", "32"]
     assert message in refused([*base, "--out", str(tmp_path), *argv])
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_curve_shows_every_look(tmp_path):
+    import matplotlib.pyplot as plt
+
+    history = [{"epoch": e, "loss": 1.0, "accuracy": 50.0} for e in range(1, 5)]
+    for epoch, found in ((2, 61.0), (4, 60.0)):
+        history[epoch - 1]["test_accuracy"] = found
+    shown = []
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(plots, "_write", lambda figure, path: shown.append(figure))
+        REAL_CURVE(tmp_path / "curve.png", history, ("test, best of 2 looks", 2, 61.0), LABEL)
+    lines = {line.get_label(): line.get_xydata().tolist() for line in shown[0].axes[1].lines}
+    assert lines["test"] == [[2, 61.0], [4, 60.0]]
+    assert lines["test, best of 2 looks: 61.0 %"] == [[2, 61.0]]
+    assert shown[0].get_suptitle() == LABEL
+    plt.close(shown[0])
 
 
 def test_the_flags_are_in_the_help(capsys):
