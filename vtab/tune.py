@@ -132,8 +132,9 @@ def search(config: Config, folder: Path, attempt: Attempt, known: dict[str, Any]
             (_place(folder, point) / "checkpoint.safetensors").unlink(missing_ok=True)
 
         plan = [(epochs, keep) for epochs, keep in state["plan"]]
-        state["chosen"] = halve([trial["settings"] for trial in state["trials"]], plan, measure, drop)
-        drop(state["chosen"])
+        best = halve([trial["settings"] for trial in state["trials"]], plan, measure, drop)
+        state["chosen"] = best
+        drop(best)
     _write(folder, state)
     print(f"--tune chose {_text(state['chosen'])} by val200; the final run has all 1,000 images")
     return state
