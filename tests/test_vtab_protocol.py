@@ -110,7 +110,7 @@ def test_the_digest_tells_checkpoints_apart_and_nothing_else():
     model.reset_classifier(7)
     assert setup.digest(model) == own, "the head is no part of the checkpoint"
     with torch.no_grad():
-        model.pos_embed.mul_(1 + 1e-7)  # what resampling on another machine may do
+        model.pos_embed.mul_(1 + 1e-6)  # more than resampling on another machine does
         assert setup.digest(model) == own
         model.pos_embed.mul_(1.01)
     assert setup.digest(model) != own
