@@ -10,6 +10,7 @@ from typing import Any
 import capavision as cv
 from capavision.targets import near
 from vtab import cli
+from vtab.cache import KEEP
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,8 @@ class Config:
     data_root: folder of images: the VTAB-1k layout (lists in it, or in a subfolder named like the task) or class
         folders
     partial: accept VTAB-1k lists of other lengths than 800, 200 and the full test split
+    cache: which decoded images are kept in the cache folder: train (training and validation), all (the test split too:
+        up to 10 GiB a task at 224 pixels), none
     split_file: where the split of class folders is written (default: capavision_split.json in the folder)
     model: demo (a ViT-S/14 from a Python package) or any timm name, with its tag: vit_base_patch16_224.orig_in21k
     weights: pretrained, random, or a .safetensors file
@@ -46,6 +49,7 @@ class Config:
     task: str = ""
     data_root: Path | None = None
     partial: bool = False
+    cache: str = "train"
     split_file: Path | None = None
     model: str = "demo"
     weights: str = "pretrained"
@@ -71,6 +75,8 @@ class Config:
     def __post_init__(self) -> None:
         if not self.task and self.data_root is None:
             raise ValueError("name a task: --task digits, say, or your own images: --data-root FOLDER")
+        if self.cache not in KEEP:
+            raise ValueError(f"--cache {self.cache!r} is unknown; choose {', '.join(KEEP)}")
         if self.stage not in ("final", "tune"):
             raise ValueError(f"--stage {self.stage!r} is unknown; choose final or tune")
         if self.stage == "tune" and self.test_limit is not None:
@@ -98,7 +104,7 @@ class Config:
 
     def digest(self) -> str:
         """Eight hex digits of all that shapes the numbers."""
-        relevant = {k: v for k, v in self.record().items() if k not in ("out", "name")}
+        relevant = {k: v for k, v in self.record().items() if k not in ("out", "name", "cache")}
         if self.mask_lr is None:  # as in a run that was started before there were learned masks
             del relevant["mask_lr"]
         return hashlib.sha256(json.dumps(relevant, sort_keys=True).encode()).hexdigest()[:8]

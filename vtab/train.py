@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import capavision as cv
-from vtab import backbones, checkpoint, cli, record
+from vtab import backbones, cache, checkpoint, cli, record
 from vtab.config import Config, parse
 from vtab.data import open_task
 from vtab.evaluate import Preprocessing, accuracy, autocast, predict
@@ -49,6 +49,7 @@ def train(config: Config, folder: Path) -> dict[str, Any]:
     data = open_task(
         config.task, config.data_root, seed=config.seed, partial=config.partial, split_file=config.split_file
     )
+    data = cache.attach(data, config.cache)
     base = backbones.resolve(config.model, config.weights, config.img_size, config.seed)
     model = build(base, len(data.classes), config)
     preprocessing = Preprocessing.of(model, base)
