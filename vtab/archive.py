@@ -45,6 +45,12 @@ def contents(path: Path) -> dict[str, Members]:
         if task is None or member.is_dir() or not _wanted(parts[depth:]):
             continue
         name = "/".join(parts[depth:])
+        most = IMAGE_LIMIT if name.startswith("images/") else TEXT_LIMIT
+        if member.file_size > most:
+            raise ValueError(
+                f"{path} holds {member.filename!r} of {member.file_size:,} bytes, {most:,} at most make sense; nothing was "
+                "unpacked"
+            )
         held = folders.setdefault("/".join(parts[:depth]), (task, {}))[1]
         if name in held:
             raise ValueError(f"{path} holds {member.filename} twice; nothing was unpacked")
@@ -70,9 +76,6 @@ def _refuse_unsafe(path: Path, member: zipfile.ZipInfo) -> None:
         raise ValueError(f"{path} holds {name!r}, a link or a device; nothing was unpacked")
     if member.flag_bits & 1:
         raise ValueError(f"{path} holds {name!r}, which is encrypted; unpack it yourself and pass the folder")
-    limit = IMAGE_LIMIT if name.lower().endswith(IMAGES) else TEXT_LIMIT
-    if _wanted(PurePosixPath(name).parts[-2:]) and member.file_size > limit:
-        raise ValueError(f"{path} holds {name!r} of {member.file_size:,} bytes, {limit:,} at most make sense")
 
 
 def unpack(path: Path, members: Members, folder: Path, step: Callable[[], object]) -> None:

@@ -67,8 +67,8 @@ def _saying_full(root: Path) -> Iterator[None]:
         if error.errno not in FULL:
             raise
         raise ValueError(
-            f"the disk of {root} is full ({error.strerror}); the unfinished task was removed, all else stays; free some "
-            "space and run the same command again"
+            f"the disk of {root} is full ({error.strerror}); the unfinished task was removed, all else stays; free some"
+            " space and run the same command again"
         ) from error
 
 
@@ -219,8 +219,8 @@ def download(root: Path) -> Path:
     if found != sha256:
         part.unlink()
         raise ValueError(
-            f"the {FILE} received has sha256 {found[:12]}…, the hub states {sha256[:12]}…; it was deleted: run the same "
-            "command again"
+            f"the {FILE} received has sha256 {found[:12]}…, the hub states {sha256[:12]}…; it was deleted, so run the "
+            "same command again"
         )
     return part.rename(path)
 
@@ -241,9 +241,10 @@ def describe() -> tuple[str, int, str]:
 
     try:
         about = HfApi().dataset_info(REPO, files_metadata=True)
-        file = next(f for f in about.siblings or [] if f.rfilename == FILE)
-        assert about.sha and file.size and file.lfs
-        return about.sha, file.size, file.lfs["sha256"]
+        file = next((f for f in about.siblings or [] if f.rfilename == FILE), None)
+        if file is None or not file.lfs or not about.sha:
+            raise ValueError("it is not there any more, or without a digest")
+        return about.sha, file.lfs["size"], file.lfs["sha256"]
     except Exception as error:  # of the hub's client, whatever its HTTP library is
         why = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(
@@ -258,7 +259,6 @@ def pieces(commit: str, start: int, stop: int) -> Iterator[bytes]:
     """
     from huggingface_hub import HfFileSystem
 
-    # closed by hand only: fsspec's cache is off, so there is nothing to flush
     remote: Any = HfFileSystem().open(
         f"datasets/{REPO}/{FILE}", "rb", revision=commit, block_size=CHUNK, cache_type="none", size=stop
     )
