@@ -12,11 +12,11 @@ import textwrap
 import numpy as np
 import pytest
 from PIL import Image
-from tests.miniature import write_task
 
 from capavision.files import cache_dir
+from tests.miniature import write_task
 from vtab import cache, cli, tasks, train
-from vtab.data import Split, file_split, open_task
+from vtab.data import Split, open_task
 
 
 @pytest.fixture(autouse=True)
@@ -54,7 +54,10 @@ def kept():
 def plain(split, size):
     """The slow reference: one image after another, with nothing of ours."""
     return np.stack(
-        [np.asarray(split.read(i).convert("RGB").resize((size, size), Image.Resampling.BICUBIC)) for i in range(len(split))]
+        [
+            np.asarray(split.read(i).convert("RGB").resize((size, size), Image.Resampling.BICUBIC))
+            for i in range(len(split))
+        ]
     )
 
 
@@ -76,7 +79,11 @@ def test_images_are_decoded_once_and_come_back_as_they_were(root):
 
 
 def test_what_is_kept_is_as_asked(root):
-    for keep, splits in (("none", set()), ("train", {"train", "val", "trainval"}), ("all", {"train", "val", "trainval", "test"})):
+    for keep, splits in (
+        ("none", set()),
+        ("train", {"train", "val", "trainval"}),
+        ("all", {"train", "val", "trainval", "test"}),
+    ):
         data, _ = opened(root, keep)
         for split in data.splits.values():
             split.decode(8)
@@ -217,7 +224,9 @@ def test_a_run_decodes_its_training_images_once(root, tmp_path, monkeypatch):
     first = train.main([*tiny, "--name", "a"])
     reads = []
     original = Split._pixels
-    monkeypatch.setattr(Split, "_pixels", lambda self, i, size: [reads.append(self.names[i]), original(self, i, size)][1])
+    monkeypatch.setattr(
+        Split, "_pixels", lambda self, i, size: [reads.append(self.names[i]), original(self, i, size)][1]
+    )
     second = train.main([*tiny, "--name", "b"])
     assert not [name for name in reads if "train" in name]
     assert [name for name in reads if "test" in name]  # the test split is decoded again: it is not kept by default

@@ -6,8 +6,8 @@ import shutil
 import numpy as np
 import pytest
 from PIL import Image
-from tests.miniature import write_all, write_task
 
+from tests.miniature import write_all, write_task
 from vtab import cli, data, lists, tasks
 from vtab.data import open_task
 
@@ -160,6 +160,16 @@ def test_a_missing_task_names_the_command_that_gets_it(dtd, capsys):
     out, said = refused(capsys, "check", "--root", dtd, "--partial")
     assert f"cifar: {dtd}/cifar is not there, nor under another name; python -m vtab.data fetch --root {dtd}" in out
     assert "18 faults in 18 of 19 tasks" in said
+
+
+def test_half_a_download_is_damaged_not_missing(dtd, capsys):
+    for path in (dtd / "dtd").glob("*.txt"):
+        path.unlink()
+    out, _ = refused(capsys, "check", "--root", dtd, "--partial", "--task", "dtd")
+    assert "dtd: " + str(dtd / "dtd" / "train800.txt") + " is missing" in out
+    said = refused(capsys, "fetch", "--root", dtd, "--task", "dtd")[1]  # before anything is downloaded
+    assert "are there but damaged, and were left alone" in said
+    assert (dtd / "dtd" / "images" / "test" / "000000.jpg").is_file()
 
 
 def test_a_wrong_root_is_told_from_a_damaged_one(dtd, capsys):

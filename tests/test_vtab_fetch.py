@@ -16,9 +16,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+
 from tests.miniature import write_all, write_task
 from tests.test_vtab_check import refused
-
 from vtab import archive, data, fetch, generated, lists, tasks
 from vtab.data import open_task
 
@@ -207,7 +207,8 @@ def test_a_disk_that_is_too_small_is_told_before_anything_is_written(copy, packe
         assert "free some space, fewer --task, or another --root" in said
         assert not files(tmp_path / "new")
     monkeypatch.setattr(fetch, "describe", lambda: ("commit", 4_660_000_000, "0" * 64))
-    assert "the archive and what is unpacked from it needs 8.68 GiB" in bad(capsys, tmp_path / "new", "hub", *THREE)[1]
+    assert "the archive and what is unpacked from it needs 8.68 GiB" in bad(capsys, tmp_path / "new", "hub")[1]
+    assert "the archive and what is unpacked from it needs 4.56 GiB" in bad(capsys, tmp_path / "new", "hub", *THREE)[1]
 
 
 def test_a_disk_that_fills_up_costs_one_unfinished_task(packed, tmp_path, capsys, monkeypatch):

@@ -14,7 +14,7 @@ from pathlib import Path, PurePosixPath
 
 from vtab.data import IMAGES
 from vtab.lists import LISTS, ORIGIN
-from vtab.tasks import Task, get
+from vtab.tasks import find, get
 
 TEXT_LIMIT, IMAGE_LIMIT = 16 << 20, 64 << 20  # bytes of one file
 RATIO, SLACK = 20, 64 << 20  # images do not shrink in a zip: all files together, against the archive
@@ -34,32 +34,33 @@ def contents(path: Path) -> dict[str, Members]:
         raise ValueError(f"{path} is no whole zip file ({error}); get it again") from error
     for member in members:
         _refuse_unsafe(path, member)
-    total, limit = sum(member.file_size for member in members), RATIO * path.stat().st_size + SLACK
-    if total > limit:
-        raise ValueError(f"{path} would unpack to {total:,} bytes, {limit:,} at most make sense; nothing was unpacked")
-    folders: dict[str, tuple[Task, Members]] = {}
+    total, most = sum(member.file_size for member in members), RATIO * path.stat().st_size + SLACK
+    if total > most:
+        raise ValueError(f"{path} would unpack to {total:,} bytes, {most:,} at most make sense; nothing was unpacked")
+    folders: dict[str, Members] = {}
     for member in members:
-        parts = PurePosixPath(member.filename).parts
-        # the task's folder may lie below one of the archive's own, such as vtab-1k/
-        depth, task = next(((i, task) for i, part in enumerate(parts[:3], start=1) if (task := get(part))), (0, None))
-        if task is None or member.is_dir() or not _wanted(parts[depth:]):
-            continue
-        name = "/".join(parts[depth:])
-        most = IMAGE_LIMIT if name.startswith("images/") else TEXT_LIMIT
-        if member.file_size > most:
-            raise ValueError(
-                f"{path} holds {member.filename!r} of {member.file_size:,} bytes, {most:,} at most make sense; nothing was "
-                "unpacked"
-            )
-        held = folders.setdefault("/".join(parts[:depth]), (task, {}))[1]
-        if name in held:
-            raise ValueError(f"{path} holds {member.filename} twice; nothing was unpacked")
-        held[name] = member
+        folder, name = _place(member)
+        if folder:
+            _refuse_odd(path, member, name, folders.setdefault(folder, {}))
+            folders[folder][name] = member
     found: dict[str, Members] = {}
-    for folder, (task, held) in folders.items():
-        if task.id not in found or PurePosixPath(folder).name == task.id:  # the canonical name before an alias
-            found[task.id] = held
+    for folder, held in folders.items():
+        task, own = find(PurePosixPath(folder).name).id, PurePosixPath(folder).name
+        if task not in found or own == task:  # the canonical name before an alias
+            found[task] = held
     return found
+
+
+def _place(member: zipfile.ZipInfo) -> tuple[str, str]:
+    """(the task's folder, the file's name in it) for what is to be unpacked; ("", "") for all else.
+
+    The task's folder may lie below one of the archive's own, such as vtab-1k/.
+    """
+    parts = PurePosixPath(member.filename).parts
+    depth = next((i for i, part in enumerate(parts[:3], start=1) if get(part)), 0)
+    if not depth or member.is_dir() or not _wanted(parts[depth:]):
+        return "", ""
+    return "/".join(parts[:depth]), "/".join(parts[depth:])
 
 
 def _wanted(parts: tuple[str, ...]) -> bool:
@@ -76,6 +77,15 @@ def _refuse_unsafe(path: Path, member: zipfile.ZipInfo) -> None:
         raise ValueError(f"{path} holds {name!r}, a link or a device; nothing was unpacked")
     if member.flag_bits & 1:
         raise ValueError(f"{path} holds {name!r}, which is encrypted; unpack it yourself and pass the folder")
+
+
+def _refuse_odd(path: Path, member: zipfile.ZipInfo, name: str, held: Members) -> None:
+    most = IMAGE_LIMIT if name.startswith("images/") else TEXT_LIMIT
+    if member.file_size > most:
+        size = f"{member.file_size:,} bytes, {most:,} at most make sense"
+        raise ValueError(f"{path} holds {member.filename!r} of {size}; nothing was unpacked")
+    if name in held:
+        raise ValueError(f"{path} holds {member.filename} twice; nothing was unpacked")
 
 
 def unpack(path: Path, members: Members, folder: Path, step: Callable[[], object]) -> None:

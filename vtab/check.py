@@ -44,7 +44,8 @@ class Finding:
 
 def examine(root: Path, task: Task, *, quick: bool = False, partial: bool = False, bar: Any = None) -> Finding:
     """One task of `root`: lists, labels, files, and, unless `quick`, whether every image decodes."""
-    folder = lists.find_folder(root, task.id)
+    halves = (base / name for base in (root, root / "vtab-1k") for name in task.names)
+    folder = lists.find_folder(root, task.id) or next((half for half in halves if half.is_dir()), None)
     if folder is None:
         cure = f"python -m vtab.data fetch --root {root} --task {task.id}"
         return Finding(task, faults=[f"{root / task.id} is not there, nor under another name; {cure}"])

@@ -21,8 +21,8 @@ from PIL import Image, ImageOps
 IMAGES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff")
 LOSSLESS = (".png", ".bmp", ".gif", ".tif", ".tiff")
 # what Pillow's readers raise at damaged files
-UNREADABLE = (OSError, SyntaxError, ValueError, TypeError, IndexError, EOFError, OverflowError, struct.error, zlib.error,
-              Image.DecompressionBombError)  # fmt: skip
+UNREADABLE = (OSError, SyntaxError, ValueError, TypeError, IndexError, EOFError, OverflowError, struct.error,
+              zlib.error, Image.DecompressionBombError)  # fmt: skip
 In, Out = TypeVar("In"), TypeVar("Out")
 
 

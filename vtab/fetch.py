@@ -28,6 +28,7 @@ from vtab.tasks import Task
 
 REPO, FILE = "XiN0919/VTAB-1k", "vtab-1k.zip"
 CHUNK = 32 << 20  # bytes of a request
+BLOCK = 4096  # bytes that a small file takes on most disks
 SPARE = 256 << 20  # bytes of the disk that stay free
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 Fill = Callable[[Path], None]
@@ -100,7 +101,8 @@ def _install(root: Path, task: Task, fill: Fill, allow_partial: bool) -> None:
         found = examine_folder(folder, task, quick=True, partial=allow_partial)
         if found.faults:
             raise ValueError(f"{task.id} is not whole in the source: {found.faults[0].replace(str(folder), task.id)}")
-    print(f"{root / task.id}: {sum(found.images.values()):,} images, {found.variant}, licence: {task.licence}")
+    licence = "" if found.variant == "generated" else f", licence: {task.licence}"
+    print(f"{root / task.id}: {sum(found.images.values()):,} images, {found.variant}{licence}")
 
 
 @contextlib.contextmanager
@@ -109,7 +111,7 @@ def _fillers(
 ) -> Iterator[Iterator[tuple[Task, Fill]]]:
     """For each missing task, what writes its files into a folder."""
     if source == "hub":
-        path = download(root)
+        path = download(root, sum(map(_images, missing)) / sum(map(_images, tasks.VTAB)))
         about = f"hub {REPO} {FILE}, sha256 {path.stem.rpartition('-')[2]}…"
         yield _from_zip(root, path, missing, about)
         if all(lists.find_folder(root, task.id) for task in tasks.VTAB):
@@ -125,6 +127,7 @@ def _fillers(
             if task.id not in generated.SOURCES:
                 made = ", ".join(generated.SOURCES)
                 raise ValueError(f"{task.id} cannot be generated; pass --task with some of {made}")
+        require(root, sum(map(_images, missing)) * BLOCK, "drawing the images")
         yield ((task, partial(lists.fill, data=open_task(task.id))) for task in missing)
     elif Path(source).is_dir():
         yield _from_folder(root, Path(source), missing, allow_partial)
@@ -190,8 +193,16 @@ def _refuse_absent(absent: list[Task], where: str, some: bool) -> None:
         raise ValueError(f"{where} lacks {names}; {cure}")
 
 
-def download(root: Path) -> Path:
+def _images(task: Task) -> int:
+    return 2000 + task.test_images
+
+
+def download(root: Path, share: float = 1.0) -> Path:
     """The archive from the hub, in `root`; what an earlier, interrupted call received is not asked for again.
+
+    Args:
+        root: where it goes.
+        share: how much of it is going to be unpacked, for the look at the disk.
 
     Raises:
         ValueError: no connection, a full disk, or bytes that are not those the hub states.
@@ -202,7 +213,7 @@ def download(root: Path) -> Path:
     if path.is_file() and path.stat().st_size == size:
         return path
     have = part.stat().st_size if part.is_file() else 0
-    require(root, size - have + size, "the archive and what is unpacked from it")
+    require(root, size - have + int(share * size), "the archive and what is unpacked from it")
     with part.open("ab") as file, tqdm(total=size, initial=have, unit="B", unit_scale=True, desc=FILE) as bar:
         try:
             for piece in pieces(commit, have, size):

@@ -102,7 +102,8 @@ def faults(folder: Path, rows: Rows, task: Task | None, partial: bool = False) -
         for number, (name, label) in enumerate(lines, start=1):
             where = f"{path}:{number}:"
             if label >= num_classes:
-                yield f"{where} label {label} is out of range; the {num_classes} classes are 0 … {num_classes - 1}"
+                classes = f"the {num_classes} classes are 0 … {num_classes - 1}"
+                yield f"{where} label {label} is out of range; {classes}; mend the list, or fetch the task anew"
             try:
                 if not inside(folder, name, known).is_file():
                     yield f"{where} the image {name} is missing in {folder}; restore it, or fetch the task anew"

@@ -108,13 +108,16 @@ def _builder(task: Task) -> Any:
         raise ValueError(
             f'--source tfds needs TensorFlow Datasets ({error}): pip install "capavision[tfds]"'
         ) from error
-    try:
-        builder = tfds.builder(task.source)
-        builder.download_and_prepare()
-    except Exception as error:  # of its downloads, checksums, manual folders and versions: all the user's to mend
-        why = " ".join(str(error).split())[:500]
-        raise ValueError(f"TensorFlow Datasets cannot prepare {task.source} for {task.id}: {why}") from error
-    return builder
+    *others, last = task.source.split("|")
+    for source in (*others, last):
+        try:
+            builder = tfds.builder(source)
+            builder.download_and_prepare()
+            return builder
+        except Exception as error:  # of its downloads, checksums, manual folders and versions: all the user's to mend
+            if source == last:
+                why = " ".join(str(error).split())[:500]
+                raise ValueError(f"TensorFlow Datasets cannot prepare {source} for {task.id}: {why}") from error
 
 
 def _examples(builder: Any, wanted: str) -> Iterable[Example]:

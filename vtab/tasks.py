@@ -24,7 +24,7 @@ class Task:
     num_classes: int
     test_images: int
     paper_name: str
-    source: str  # TensorFlow Datasets' name and version
+    source: str  # TensorFlow Datasets' name and version; a later one after |, where releases dropped the first
     val: str
     test: str = "test"
     aliases: tuple[str, ...] = ()
@@ -46,8 +46,8 @@ _ROWS = (
     Task("dtd", "natural", 47, 1_880, "DTD", "dtd:3.*.*", "validation[:200]"),
     Task("oxford_flowers102", "natural", 102, 6_149, "Flowers102", "oxford_flowers102:2.*.*", "validation[:200]",
          aliases=("flowers102",)),
-    Task("oxford_iiit_pet", "natural", 37, 3_669, "Pets", "oxford_iiit_pet:3.*.*", "train[2944:3144]",
-         aliases=("oxford_pet", "pet", "pets")),
+    Task("oxford_iiit_pet", "natural", 37, 3_669, "Pets", "oxford_iiit_pet:3.*.*|oxford_iiit_pet:4.*.*",
+         "train[2944:3144]", aliases=("oxford_pet", "pet", "pets")),
     Task("svhn", "natural", 10, 26_032, "SVHN", "svhn_cropped:3.*.*", "train[65931:66131]",
          licence="non-commercial use only (ufldl.stanford.edu/housenumbers)"),
     Task("sun397", "natural", 397, 21_750, "Sun397", "sun397/tfds:4.*.*", "validation[:200]"),
