@@ -81,7 +81,7 @@ def _lines(root, file, change):
 
 def _truncate(root):
     path = root / "dtd/images/test/000001.jpg"
-    path.write_bytes(path.read_bytes()[:200])
+    path.write_bytes(path.read_bytes()[:-60])  # the header is whole, the pixels are not
 
 
 DAMAGES = {
