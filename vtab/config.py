@@ -28,6 +28,8 @@ class Config:
     data_root: folder of images: the VTAB-1k layout (lists in it, or in a subfolder named like the task) or class
         folders
     partial: accept VTAB-1k lists of other lengths than 800, 200 and the full test split
+    cache: which decoded images are kept in the cache folder: train (training and validation), all (the test split too:
+        up to 10 GiB a task at 224 pixels), none
     split_file: where the split of class folders is written (default: capavision_split.json in the folder)
     model: demo (a ViT-S/14 from a Python package) or any timm name, with its tag: vit_base_patch16_224.orig_in21k
     weights: pretrained, random, or a .safetensors file
@@ -68,6 +70,7 @@ class Config:
     task: str = ""
     data_root: Path | None = None
     partial: bool = False
+    cache: str = "train"
     split_file: Path | None = None
     model: str = "demo"
     weights: str = "pretrained"
@@ -140,7 +143,7 @@ class Config:
     def digest(self) -> str:
         """Eight hex digits of all that shapes the numbers."""
         young = young_fields()
-        relevant = {k: v for k, v in self.record().items() if k not in ("out", "name")}
+        relevant = {k: v for k, v in self.record().items() if k not in ("out", "name", "cache")}
         relevant = {k: v for k, v in relevant.items() if k not in young or v != young[k]}
         return hashlib.sha256(json.dumps(relevant, sort_keys=True).encode()).hexdigest()[:8]
 

@@ -39,7 +39,7 @@ def open_folder(root: Path, name: str = "", seed: int = 0, split_file: Path | No
     labels = {name: classes.index(name.split("/")[0]) for names in split.values() for name in names}
     splits = {name: file_split(root, names, [labels[n] for n in names]) for name, names in split.items()}
     unlisted = len(set(files) - labels.keys())
-    facts = {"generated": False, "split_file": path.name, "images_outside_split": unlisted}
+    facts = {"generated": False, "variant": "files", "split_file": path.name, "images_outside_split": unlisted}
     return Data(name or root.resolve().name, classes, splits, f"class folders in {root.resolve().name}", facts)
 
 

@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING
 
 from capavision.targets import near
 from vtab import recipes
+from vtab.cache import KEEP
 from vtab.evaluate import NORMS
 
 if TYPE_CHECKING:
@@ -13,6 +14,7 @@ CHOICES = {
     "stage": ("final", "tune"),
     "protocol": ("honest", "paper"),
     "norm": ("model", *NORMS),
+    "cache": KEEP,
     "optimizer": ("adamw", "sgd"),
     "schedule": ("step", "epoch"),
 }

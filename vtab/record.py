@@ -52,7 +52,8 @@ def check(folder: Path, config: Config) -> None:
         except ValueError as error:
             raise ValueError(f"{written} is damaged ({error}); give this run another --name") from error
         found = young_fields() | found
-        changed = sorted(k for k in settings.keys() | found.keys() if settings.get(k) != found.get(k) and k != "out")
+        shaping = (settings.keys() | found.keys()) - {"out", "cache"}
+        changed = sorted(k for k in shaping if settings.get(k) != found.get(k))
         if changed:
             raise ValueError(
                 f"{folder} holds a run with another {', '.join(changed)}; give this one another --name or --out"

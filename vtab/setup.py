@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import capavision as cv
 from capavision.base import fingerprint
-from vtab import backbones
+from vtab import backbones, cache
 from vtab.config import Config
 from vtab.data import Data, open_task
 from vtab.evaluate import Preprocessing
@@ -46,6 +46,7 @@ def prepare(config: Config) -> Setup:
     data = open_task(
         config.task, config.data_root, seed=config.seed, partial=config.partial, split_file=config.split_file
     )
+    data = cache.attach(data, config.cache)
     base = backbones.resolve(config.model, config.weights, config.img_size, config.seed)
     model = build(base, len(data.classes), config)
     preprocessing = Preprocessing.of(model, base, config.norm)
