@@ -10,14 +10,15 @@ import pytest
 import torch
 
 import capavision as cv
-from vtab import cli, train
+from vtab import cli, setup, train
 from vtab.config import Config, parse
 from vtab.data import Data, Split
 from vtab.evaluate import accuracy
 
 TINY = ["--model", "test_vit", "--weights", "random", "--img-size", "32"]
 TINY += ["--epochs", "2", "--batch-size", "125", "--rank", "2"]
-FILES = {"config.json", "metrics.jsonl", "adapter.safetensors", "curve.png", "predictions.png", "result.json", ".lock"}
+FILES = {"config.json", "metrics.jsonl", "adapter.safetensors", "curve.png", "predictions.png", "predictions.npz"}
+FILES |= {"result.json", ".lock"}
 
 
 def run(out, *argv):
@@ -123,8 +124,8 @@ def test_tuning_never_reads_a_test_image(tmp_path, monkeypatch):
         test = data.splits["test"]
         return Data(data.task, data.classes, {**data.splits, "test": Split(test.labels, read, test.names)}, data.source)
 
-    original = train.open_task
-    monkeypatch.setattr(train, "open_task", open_guarded)
+    original = setup.open_task
+    monkeypatch.setattr(setup, "open_task", open_guarded)
     result = run(tmp_path, "--stage", "tune", "--name", "a")
     assert result["split"] == "val"
     assert result["images"] == 200

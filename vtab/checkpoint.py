@@ -11,6 +11,10 @@ from torch import Tensor, nn
 from capavision.files import write_tensors
 
 
+class DivergedError(ValueError):
+    """Training left the finite numbers; the checkpoint is that of the last good epoch."""
+
+
 def write(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, progress: dict[str, Any]) -> None:
     """The trained parameters, the optimizer's state, and `progress` as JSON.
 

@@ -1,5 +1,6 @@
 """A run's settings: one frozen dataclass, from which come the command line, the run's name and its record."""
 
+import argparse
 import dataclasses
 import hashlib
 import json
@@ -9,7 +10,14 @@ from typing import Any
 
 import capavision as cv
 from capavision.targets import near
-from vtab import cli
+from vtab import cli, limits, recipes
+
+TEST_EVERY = 10  # epochs between two looks at the test split in the released code of FacT, Convpass, RepAdapter
+FIRST = {  # fields that there were when the first runs were named
+    *("task", "data_root", "partial", "split_file", "model", "weights", "img_size", "method", "targets", "parts"),
+    *("stage", "test_limit", "epochs", "batch_size", "lr", "weight_decay", "warmup", "drop_path", "clip", "seed"),
+    *("device", "out", "name"),
+}
 
 
 @dataclass(frozen=True)
@@ -20,21 +28,37 @@ class Config:
     data_root: folder of images: the VTAB-1k layout (lists in it, or in a subfolder named like the task) or class
         folders
     partial: accept VTAB-1k lists of other lengths than 800, 200 and the full test split
+    cache: which decoded images are kept in the cache folder: train (training and validation), all (the test split too:
+        up to 10 GiB a task at 224 pixels), none
     split_file: where the split of class folders is written (default: capavision_split.json in the folder)
     model: demo (a ViT-S/14 from a Python package) or any timm name, with its tag: vit_base_patch16_224.orig_in21k
     weights: pretrained, random, or a .safetensors file
     img_size: side of the input in pixels (default: the model's own; 56 for demo)
     targets: what to adapt, comma-separated names, globs or groups (default: the method's choice for the architecture)
     parts: rows of a fused projection to adapt: letters of q, k, v
+    norm: what pixels are normalised with: model (the checkpoint's own), imagenet, inception (0.5, 0.5), none
+    recipe: defaults of a published recipe, which other flags override; python -m vtab.recipes lists them
     stage: final trains on all 1,000 images and tests once, after the last epoch; tune trains on 800, watches the 200
         and never touches the test split
+    protocol: honest, or paper: report the best of several looks at the test split, as most papers' code does
+    test_every: with the paper protocol, epochs between two looks at the test split (default: 10)
+    tune: choose learning rate and scale on the 200 by successive halving, then train the final run with them
+    tune_lr: the rates that --tune tries, as multiples of --lr
+    tune_scale: the scales that --tune tries, as multiples of the method's own alpha or scale
+    tune_seed: seed of the trials of --tune (default: the run's)
     test_limit: test on the first N images only, recorded as such
     epochs: passes over the training images
     batch_size: images a step
-    lr: peak learning rate of AdamW
+    drop_last: leave out the images that fill no whole batch, others in every epoch
+    optimizer: adamw, or sgd with momentum 0.9
+    lr: peak learning rate
     mask_lr: peak learning rate of the scores of learned masks (default: 30 times lr)
-    weight_decay: of AdamW
-    warmup: share of all steps over which the learning rate rises; it then falls as a cosine
+    weight_decay: of the optimizer
+    schedule: step changes the learning rate at every step; epoch only between epochs, and one epoch late, as the
+        released code of most papers does
+    warmup: share of the schedule over which the learning rate rises; it then falls as a cosine
+    lr_start: learning rate at the start of the warm-up
+    lr_min: learning rate at the end of the cosine
     drop_path: stochastic depth rate of the backbone
     clip: largest norm of the gradient; 0 does not clip
     seed: of initial values, masks, data order and drop-path
@@ -46,6 +70,7 @@ class Config:
     task: str = ""
     data_root: Path | None = None
     partial: bool = False
+    cache: str = "train"
     split_file: Path | None = None
     model: str = "demo"
     weights: str = "pretrained"
@@ -53,14 +78,27 @@ class Config:
     method: cv.Method = dataclasses.field(default_factory=cv.LoRA)
     targets: str | None = None
     parts: str | None = None
+    norm: str = "model"
+    recipe: str | None = None
     stage: str = "final"
+    protocol: str = "honest"
+    test_every: int | None = None
+    tune: bool = False
+    tune_lr: str = "0.3,1,3"
+    tune_scale: str = "0.1,1,10"
+    tune_seed: int | None = None
     test_limit: int | None = None
     epochs: int = 100
     batch_size: int = 64
+    drop_last: bool = False
+    optimizer: str = "adamw"
     lr: float = 1e-3
     mask_lr: float | None = None
     weight_decay: float = 1e-4
+    schedule: str = "step"
     warmup: float = 0.1
+    lr_start: float = 0.0
+    lr_min: float = 0.0
     drop_path: float = 0.1
     clip: float = 1.0
     seed: int = 0
@@ -69,26 +107,32 @@ class Config:
     name: str | None = None
 
     def __post_init__(self) -> None:
-        if not self.task and self.data_root is None:
-            raise ValueError("name a task: --task digits, say, or your own images: --data-root FOLDER")
-        if self.stage not in ("final", "tune"):
-            raise ValueError(f"--stage {self.stage!r} is unknown; choose final or tune")
-        if self.stage == "tune" and self.test_limit is not None:
-            raise ValueError("--test-limit has no use with --stage tune, which never touches the test split")
-        for flag in ("epochs", "batch_size", "img_size", "test_limit"):
-            value = getattr(self, flag)
-            if value is not None and value < 1:
-                raise ValueError(f"--{flag.replace('_', '-')} {value} must be at least 1")
-        if self.mask_lr is not None and getattr(self.method, "masks", "") != "learned":
-            raise ValueError("--mask-lr has no use without learned masks; pass --masks learned, or leave it out")
-        if not 0 <= self.seed < 2**31:
-            raise ValueError(f"--seed {self.seed} must lie in [0, 2147483648)")
-        limits = {"lr": 1e3, "mask_lr": 1e3, "weight_decay": 1e3, "warmup": 1, "drop_path": 0.99}
-        for flag, high in limits.items():
-            if getattr(self, flag) is not None and not 0 <= getattr(self, flag) <= high:
-                raise ValueError(f"--{flag.replace('_', '-')} {getattr(self, flag)} must lie in [0, {high:g}]")
-        if not self.clip >= 0:
-            raise ValueError(f"--clip {self.clip} must be positive, or 0 not to clip")
+        limits.check(self)
+
+    @property
+    def between_looks(self) -> int:
+        """Epochs from one look at the test split to the next, under the paper protocol."""
+        return self.test_every or TEST_EVERY
+
+    @property
+    def looks(self) -> int:
+        """How often the run looks at the test split."""
+        if self.stage == "tune":
+            return 0
+        return self.epochs // self.between_looks if self.protocol == "paper" else 1
+
+    def steps(self, images: int) -> int:
+        """Steps in an epoch over that many images.
+
+        Raises:
+            ValueError: drop_last leaves none.
+        """
+        steps = images // self.batch_size if self.drop_last else -(-images // self.batch_size)
+        if not steps:
+            raise ValueError(
+                f"--drop-last with --batch-size {self.batch_size} leaves no batch of {images} images; lower the batch"
+            )
+        return steps
 
     def record(self) -> dict[str, Any]:
         """The settings as JSON; paths as text, the method with its name."""
@@ -98,15 +142,59 @@ class Config:
 
     def digest(self) -> str:
         """Eight hex digits of all that shapes the numbers."""
-        relevant = {k: v for k, v in self.record().items() if k not in ("out", "name")}
-        if self.mask_lr is None:  # as in a run that was started before there were learned masks
-            del relevant["mask_lr"]
+        young = young_fields()
+        relevant = {k: v for k, v in self.record().items() if k not in ("out", "name", "cache")}
+        relevant = {k: v for k, v in relevant.items() if k not in young or v != young[k]}
         return hashlib.sha256(json.dumps(relevant, sort_keys=True).encode()).hexdigest()[:8]
 
     def folder(self) -> Path:
         """The run's folder."""
         task = self.task or (self.data_root.resolve().name if self.data_root else "")
-        return self.out / (self.name or f"{task}-{self.model}-{self.method.name}-s{self.seed}-{self.digest()}")
+        kind = self.method.name + ("-paper" if self.protocol == "paper" else "")
+        return self.out / (self.name or f"{task}-{self.model}-{kind}-s{self.seed}-{self.digest()}")
+
+
+def young_fields() -> dict[str, Any]:
+    """Fields that the first runs did not have yet, with the defaults that leave names and records as they were."""
+    return {f.name: f.default for f in dataclasses.fields(Config) if f.name not in FIRST}
+
+
+def parser_for(argv: list[str] | None) -> tuple[cli.Parser, type[cv.Method], recipes.Recipe | None]:
+    """The parser of this command line: general flags, and those of the method that it or its recipe names.
+
+    Raises:
+        ValueError: an unknown method or recipe, a recipe of another method.
+    """
+    first = cli.Parser(add_help=False)
+    for flag in ("--method", "--recipe"):
+        first.add_argument(flag)
+    early = first.parse_known_args(argv)[0]
+    recipe = recipes.find(early.recipe) if early.recipe else None
+    name = (early.method or (recipe and recipe.method) or "lora").replace("-", "_")
+    if name not in cv.Method.known:
+        raise ValueError(f"unknown method {name!r}; {near(name, cv.Method.known)}")
+    if recipe and recipe.method not in (None, name):
+        fitting = ", ".join(r.name for r in recipes.RECIPES.values() if r.method in (None, name))
+        raise ValueError(f"--recipe {recipe.name} is one of {recipe.method}, not of {name}; those that fit: {fitting}")
+    parser = cli.Parser(
+        prog="python -m vtab.train",
+        description="Fine-tune a timm backbone on one task; the run folder holds the adapter and every figure.",
+        epilog=f"Methods: {', '.join(sorted(cv.Method.known))}; each has flags of its own: --method NAME --help.",
+    )
+    cli.add_fields(parser.add_argument_group("run"), Config)
+    chosen = parser.add_argument_group(f"method {name}")
+    chosen.add_argument("--method", default="lora", metavar="NAME", help="(default: lora, or the recipe's)")
+    cli.add_fields(chosen, cv.Method.known[name])
+    return parser, cv.Method.known[name], recipe
+
+
+def configure(values: argparse.Namespace, method: type[cv.Method], recipe: recipes.Recipe | None) -> Config:
+    """A Config from parsed flags over the recipe's values over the defaults."""
+    given = vars(values)
+    settings, of_method = recipe.values(given.get("task", ""), given) if recipe else ({}, {})
+    merged, own = (argparse.Namespace(**(defaults | given)) for defaults in (settings, of_method))
+    config: Config = cli.collect(Config, merged, method=cli.collect(method, own))
+    return config
 
 
 def parse(argv: list[str] | None = None) -> Config:
@@ -115,20 +203,5 @@ def parse(argv: list[str] | None = None) -> Config:
     Raises:
         ValueError: an unknown method, or values that do not fit each other.
     """
-    first = cli.Parser(add_help=False)
-    first.add_argument("--method", default="lora")
-    name = first.parse_known_args(argv)[0].method.replace("-", "_")
-    if name not in cv.Method.known:
-        raise ValueError(f"unknown method {name!r}; {near(name, cv.Method.known)}")
-    method = cv.Method.known[name]
-    parser = cli.Parser(
-        prog="python -m vtab.train",
-        description="Fine-tune a timm backbone on one task; the run folder holds the adapter and every figure.",
-        epilog=f"Methods: {', '.join(sorted(cv.Method.known))}; each has flags of its own: --method NAME --help.",
-    )
-    cli.add_fields(parser.add_argument_group("run"), Config)
-    chosen = parser.add_argument_group(f"method {name}")
-    chosen.add_argument("--method", default="lora", metavar="NAME", help="(default: lora)")
-    cli.add_fields(chosen, method)
-    values = parser.parse_args(argv)
-    return cli.collect(Config, values, method=cli.collect(method, values))
+    parser, method, recipe = parser_for(argv)
+    return configure(parser.parse_args(argv), method, recipe)

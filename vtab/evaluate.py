@@ -12,6 +12,13 @@ from tqdm import tqdm
 import capavision as cv
 from vtab.data import Split
 
+# Mean and standard deviation by name; "model" is the checkpoint's own, whichever it was trained with
+NORMS = {
+    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "inception": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+    "none": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
+}
+
 
 @dataclass(frozen=True)
 class Preprocessing:
@@ -20,12 +27,14 @@ class Preprocessing:
     size: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    norm: str = "model"
 
     @classmethod
-    def of(cls, model: nn.Module, base: cv.Base) -> "Preprocessing":
-        """As the model's own timm configuration has it, at the size it was built for."""
+    def of(cls, model: nn.Module, base: cv.Base, norm: str = "model") -> "Preprocessing":
+        """As the model's own timm configuration has it, at the size it was built for, or as `norm` says."""
         cfg: Any = model.pretrained_cfg
-        return cls(base.img_size or cfg["input_size"][-1], tuple(cfg["mean"]), tuple(cfg["std"]))
+        mean, std = NORMS.get(norm, (cfg["mean"], cfg["std"]))
+        return cls(base.img_size or cfg["input_size"][-1], tuple(mean), tuple(std), norm)
 
     def normalize(self, images: Tensor) -> Tensor:
         """uint8 (B, H, W, 3) to float32 (B, 3, H, W): (x / 255 - mean) / std."""
@@ -34,7 +43,8 @@ class Preprocessing:
 
     def record(self) -> dict[str, Any]:
         """As JSON, for the adapter file and every result."""
-        return {"size": self.size, "mean": list(self.mean), "std": list(self.std), "resize": "squash, bicubic"}
+        geometry = {"size": self.size, "resize": "squash, bicubic"}
+        return geometry | {"mean": list(self.mean), "std": list(self.std), "normalization": self.norm}
 
 
 @dataclass(frozen=True)

@@ -43,7 +43,7 @@ def open_folder(root: Path, name: str = "", seed: int = 0, split_file: Path | No
         print(
             f"{unlisted} images of {root} are not in {path.name}, which was drawn before them; delete it to draw anew"
         )
-    facts = {"generated": False, "split_file": path.name, "images_outside_split": unlisted}
+    facts = {"generated": False, "variant": "files", "split_file": path.name, "images_outside_split": unlisted}
     return Data(name or root.resolve().name, classes, splits, f"class folders in {root.resolve().name}", facts)
 
 

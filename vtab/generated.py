@@ -6,6 +6,7 @@ pixels, so its accuracies are not dSprites accuracies and every record says so. 
 ids, cut as VTAB cuts: 80 % train, 10 % val, 10 % test; the first 800 and 200 of the first two, all of the third.
 """
 
+import hashlib
 from collections.abc import Callable
 
 import numpy as np
@@ -81,12 +82,14 @@ def sprites(task: str, label: Callable[[int], int], names: list[str]) -> Data:
     val = order[len(train) : len(order) - len(test)]
     ids = {"train": train[:800], "val": val[:200], "trainval": np.r_[train[:800], val[:200]], "test": test}
     splits = {name: _sprite_split(chosen, label) for name, chosen in ids.items()}
-    return Data(task, names, splits, f"dSprites-like (procedural), version {VERSION}", {"generated": True})
+    facts = {"generated": True, "variant": "generated"}
+    return Data(task, names, splits, f"dSprites-like (procedural), version {VERSION}", facts)
 
 
 def _sprite_split(ids: np.ndarray, label: Callable[[int], int]) -> Split:
     labels = np.array([label(int(i)) for i in ids])
-    return Split(labels, lambda i: draw(int(ids[i])), [f"sprite {i}" for i in ids])
+    identity = hashlib.sha256(f"dsprites-like/{VERSION}".encode() + ids.tobytes()).hexdigest()
+    return Split(labels, lambda i: draw(int(ids[i])), [f"sprite {i}" for i in ids], lambda: identity)
 
 
 def digits(seed: int = 0) -> Data:
@@ -108,7 +111,8 @@ def digits(seed: int = 0) -> Data:
         )
         for name, chosen in ids.items()
     }
-    return Data("digits", [str(d) for d in range(10)], splits, "scikit-learn digits", {"split_seed": seed})
+    facts = {"generated": False, "variant": "lossless", "split_seed": seed}
+    return Data("digits", [str(d) for d in range(10)], splits, "scikit-learn digits", facts)
 
 
 SOURCES: dict[str, Callable[[], Data]] = {

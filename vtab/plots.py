@@ -12,19 +12,19 @@ mpl.use("Agg")
 import matplotlib.pyplot as plt
 
 
-def curve(path: Path, history: list[dict[str, Any]], judged: tuple[str, float], title: str) -> None:
-    """Loss and accuracy by epoch, and the one accuracy of the split that judges the run."""
+def curve(path: Path, history: list[dict[str, Any]], judged: tuple[str, int, float], title: str) -> None:
+    """Loss and accuracy by epoch, and the one accuracy that judges the run: of what, after which epoch, in percent."""
     epochs = [row["epoch"] for row in history]
     figure, (left, right) = plt.subplots(1, 2, figsize=(8, 3), layout="constrained")
     left.plot(epochs, [row["loss"] for row in history], "o-", color="tab:blue", markersize=3)
     left.set(xlabel="epoch", ylabel="training loss (cross-entropy)")
     right.plot(epochs, [row["accuracy"] for row in history], "o-", color="tab:blue", markersize=3, label="training")
-    if "val_accuracy" in history[0]:
-        right.plot(
-            epochs, [row["val_accuracy"] for row in history], "o-", color="tab:orange", markersize=3, label="val200"
-        )
-    label = f"{judged[0]}, looked at once: {judged[1]:.1f} %"
-    right.plot(epochs[-1], judged[1], "*", color="tab:red", markersize=10, label=label)
+    for key, color, name in (("val_accuracy", "tab:orange", "val200"), ("test_accuracy", "tab:red", "test")):
+        watched = [(row["epoch"], row[key]) for row in history if key in row]
+        if watched:
+            right.plot(*zip(*watched, strict=True), "o-", color=color, markersize=3, label=name)
+    what, epoch, percent = judged
+    right.plot(epoch, percent, "*", color="tab:red", markersize=10, label=f"{what}: {percent:.1f} %")
     right.set(xlabel="epoch", ylabel="top-1 accuracy (%)", ylim=(0, 103))
     right.legend(frameon=False, loc="lower right")
     for axes in (left, right):

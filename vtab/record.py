@@ -2,7 +2,8 @@
 
 config.json          the settings, written first
 checkpoint.safetensors, metrics.jsonl    after every epoch; the checkpoint goes when the run is finished
-adapter.safetensors, curve.png, predictions.png, result.json    at the end, result.json last
+adapter.safetensors, curve.png, predictions.png, predictions.npz, result.json    at the end, result.json last
+tuning.json, trials/    with --tune: what was tried, and a run folder for each trial
 """
 
 import json
@@ -14,16 +15,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
 import capavision as cv
 from capavision.files import replacing
-from vtab import plots
-from vtab.config import Config
-from vtab.data import Data
-from vtab.evaluate import Preprocessing, accuracy, predict
+from vtab import labels, plots, protocol, recipes
+from vtab.config import Config, young_fields
+from vtab.data import Split
+from vtab.evaluate import accuracy, predict
+from vtab.setup import Setup
 
 SHOWN = 16  # test images in predictions.png
+BEGUN = ("checkpoint.safetensors", "adapter.safetensors", "result.json", "tuning.json")  # with config.json: a run's
 
 
 def write(path: Path, text: str) -> None:
@@ -44,12 +46,14 @@ def check(folder: Path, config: Config) -> None:
         ValueError: the folder holds something else.
     """
     written, settings = folder / "config.json", json.loads(json.dumps(config.record()))
-    if (folder / "checkpoint.safetensors").is_file() or (folder / "result.json").is_file():
+    if written.is_file() and any((folder / name).is_file() for name in BEGUN):
         try:
             found = json.loads(written.read_text())
         except ValueError as error:
             raise ValueError(f"{written} is damaged ({error}); give this run another --name") from error
-        changed = sorted(k for k in settings.keys() | found.keys() if settings.get(k) != found.get(k) and k != "out")
+        found = young_fields() | found
+        shaping = (settings.keys() | found.keys()) - {"out", "cache"}
+        changed = sorted(k for k in shaping if settings.get(k) != found.get(k))
         if changed:
             raise ValueError(
                 f"{folder} holds a run with another {', '.join(changed)}; give this one another --name or --out"
@@ -69,6 +73,8 @@ def claim(folder: Path, config: Config) -> None:
 def forget(folder: Path) -> None:
     """Remove the folder of a run that finished no epoch: a refused command leaves nothing behind."""
     ours = {"config.json", ".lock"}
+    if (folder / "trials").is_dir() and not any((folder / "trials").iterdir()):
+        (folder / "trials").rmdir()
     if folder.is_dir() and {path.name for path in folder.iterdir()} <= ours:
         for name in ours:
             (folder / name).unlink(missing_ok=True)
@@ -76,49 +82,73 @@ def forget(folder: Path) -> None:
 
 
 def conclude(
-    config: Config,
-    folder: Path,
-    data: Data,
-    model: nn.Module,
-    report: cv.Report,
-    history: list[dict[str, Any]],
-    preprocessing: Preprocessing,
+    setup: Setup, folder: Path, history: list[dict[str, Any]], tuning: dict[str, Any] | None = None
 ) -> dict[str, Any]:
-    """The run's only look at the split that judges it, and the files that say what came out."""
+    """The look at the split that judges the run, and the files that say what came out."""
+    config, data = setup.config, setup.data
     judged = "val" if config.stage == "tune" else "test"
     split = data.splits[judged].head(config.test_limit if judged == "test" else None)
     start = time.perf_counter()
-    probabilities = predict(model, split, preprocessing)
+    probabilities = predict(setup.model, split, setup.preprocessing)
     seconds = time.perf_counter() - start
     score = accuracy(probabilities, split.labels)
-    title = f"{data.task} ({data.source}), {config.model}, {config.method.name}"
-    plots.curve(folder / "curve.png", history, (judged, score.percent), title)
-    images = split.decode(160, 0, SHOWN)
-    shown = f"{title}: the first {len(images)} of {score.total:,} {judged} images, {score.percent:.1f} % right in all"
-    plots.predictions(folder / "predictions.png", images, split.labels, probabilities, data.classes, shown)
+    write_predictions(folder / "predictions.npz", split.labels, probabilities)
+    pictures(setup, folder, history, split, probabilities)
     result = {
         "task": data.task,
         "split": judged,
+        "stage": config.stage,
+        "protocol": config.protocol,
+        "protocol_label": protocol.label(config) or None,
         "accuracy": score.percent,
         "interval95": score.interval,
         "images": score.total,
         "images_in_full_split": len(data.splits[judged]),
-        "trained_parameters": report.trained,
-        "stored_parameters": report.stored,
-        "head_parameters": report.head,
-        "base_parameters": report.total,
+        "method": labels.method(config),
+        "recipe": config.recipe,
+        "recipe_differs": recipes.find(config.recipe).unlike(data.task) if config.recipe else [],
+        "tuning": tuning,
+        "seed": config.seed,
+        "trained_parameters": setup.report.trained,
+        "stored_parameters": setup.report.stored,
+        "head_parameters": setup.report.head,
+        "base_parameters": setup.report.total,
         "seconds_training": sum(row["seconds"] for row in history),
         "seconds_evaluation": seconds,
-        "selection": {"settings": "the command line", "epoch": "the last", "looks_at_test": int(judged == "test")},
+        "selection": protocol.selection(config, history, tuning),
         "data": {"source": data.source, "splits": {k: len(s) for k, s in data.splits.items()}, **data.facts},
-        "preprocessing": preprocessing.record(),
+        "normalization": config.norm,
+        "preprocessing": setup.preprocessing.record(),
+        "base": setup.checkpoint,
         "config": config.record(),
-        "environment": environment(next(model.parameters()).device),
+        "environment": environment(setup.device),
     }
     write(folder / "result.json", json.dumps(result, indent=1))
     (folder / "checkpoint.safetensors").unlink(missing_ok=True)
-    print(f"{data.task} ({data.source}): {judged} top-1 {score}, {report.trained:,} trained values\n{folder}")
+    said = f"{data.task} ({data.source}): {judged} top-1 {score}, {setup.report.trained:,} trained values"
+    print("\n".join(filter(None, (said, protocol.label(config), str(folder)))))
     return result
+
+
+def pictures(
+    setup: Setup, folder: Path, history: list[dict[str, Any]], split: Split, probabilities: np.ndarray
+) -> None:
+    """curve.png and predictions.png."""
+    config, data, percent = setup.config, setup.data, accuracy(probabilities, split.labels).percent
+    judged, label = "val" if config.stage == "tune" else "test", protocol.label(config)
+    title = f"{data.task} ({data.source}), {config.model}, {labels.method(config)}" + (f"\n{label}" if label else "")
+    what = f"{judged}, best of {config.looks} looks" if label else f"{judged}, looked at once"
+    plots.curve(folder / "curve.png", history, (what, protocol.judged(history), percent), title)
+    images = split.decode(160, 0, SHOWN)
+    shown = f"{title}: the first {len(images)} of {len(split):,} {judged} images, {percent:.1f} % right in all"
+    plots.predictions(folder / "predictions.png", images, split.labels, probabilities, data.classes, shown)
+
+
+def write_predictions(path: Path, labels: np.ndarray, probabilities: np.ndarray) -> None:
+    """True and predicted classes in the split's order, uint16."""
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        predicted = probabilities.argmax(1).astype(np.uint16)
+        np.savez_compressed(file, labels=labels.astype(np.uint16), predicted=predicted)
 
 
 def environment(device: torch.device) -> dict[str, Any]:
@@ -129,6 +159,8 @@ def environment(device: torch.device) -> dict[str, Any]:
     commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
     return {
         "commit": commit or None,
+        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
+        "peak_memory_mb": peak_memory(device),
         "device": f"{device} ({torch.cuda.get_device_name(device) if device.type == 'cuda' else platform.machine()})",
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
@@ -137,3 +169,15 @@ def environment(device: torch.device) -> dict[str, Any]:
         "timm": timm.__version__,
         "numpy": np.__version__,
     }
+
+
+def peak_memory(device: torch.device) -> float | None:
+    """MiB: of the GPU since its run began, else of the whole process; None where neither can be told."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    unit = 2**20 if platform.system() == "Darwin" else 2**10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit

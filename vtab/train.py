@@ -1,7 +1,8 @@
 """Fine-tune a timm backbone on one task: python -m vtab.train --task dsprites_loc --method lora --branches 2.
 
 The protocol: choose settings with --stage tune (train on 800, watch val200), then one run with the default
---stage final (train on all 1,000), which looks at the test split once, after the last epoch.
+--stage final (train on all 1,000), which looks at the test split once, after the last epoch. --tune does both;
+--seeds 3 does it three times over.
 """
 
 import json
@@ -17,15 +18,26 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import capavision as cv
-from vtab import backbones, checkpoint, cli, record
-from vtab.config import Config, parse
-from vtab.data import open_task
-from vtab.evaluate import Preprocessing, accuracy, autocast, predict
+from vtab import checkpoint, cli, protocol, record, seeds, tune
+from vtab.config import Config
+from vtab.evaluate import autocast
+from vtab.schedule import Schedule, make_optimizer
+from vtab.setup import Setup, prepare
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
-    """Train as the command line says, or go on where the same command stopped; returns result.json."""
-    config = parse(argv)
+    """Train as the command line says, or go on where the same command stopped; returns result.json, or with --seeds
+    the mean and spread of several."""
+    configs = seeds.commands(argv)
+    return run(configs[0]) if len(configs) == 1 else seeds.run_all(configs, run)
+
+
+def run(config: Config, tuning: dict[str, Any] | None = None) -> dict[str, Any]:
+    """One run in its folder, as far as it is not done yet; returns result.json.
+
+    Args:
+        tuning: what an earlier run of --tune chose, to be taken instead of a search.
+    """
     folder = config.folder()
     record.check(folder, config)
     folder.mkdir(parents=True, exist_ok=True)
@@ -36,66 +48,54 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
                 print(f"{folder} is finished already; --name another, or delete it to train again")
                 done: dict[str, Any] = json.loads((folder / "result.json").read_text())
                 return done
-            return train(config, folder)
+            if config.tune:
+                tuning = tune.search(config, folder, attempt, tuning)
+                config = tune.chosen(config, tuning)
+            return train(config, folder, tuning)
     except Timeout:
         raise ValueError(f"another process trains in {folder}; wait for it, or give this run another --name") from None
     finally:
         record.forget(folder)
 
 
-def train(config: Config, folder: Path) -> dict[str, Any]:
-    """The whole run in `folder`: data, model, epochs, one evaluation, the files that record them."""
-    device = pick_device(config.device)
-    data = open_task(
-        config.task, config.data_root, seed=config.seed, partial=config.partial, split_file=config.split_file
-    )
-    base = backbones.resolve(config.model, config.weights, config.img_size, config.seed)
-    model = build(base, len(data.classes), config)
-    preprocessing = Preprocessing.of(model, base)
-    targets = [name.strip() for name in config.targets.split(",")] if config.targets else None
-    example = torch.zeros(1, 3, preprocessing.size, preprocessing.size)
-    try_size(model, example, config.model)
-    report = cv.inject(model, config.method, targets, config.parts, seed=config.seed, example=example)
-    print(f"{report}\n{data.source}; {config.stage} run on {device}")
-    model.to(device)
-
-    training = data.splits["train" if config.stage == "tune" else "trainval"]
-    images = torch.from_numpy(training.decode(preprocessing.size)).to(device)
-    labels = torch.from_numpy(training.labels).to(device)
-    val = data.splits["val"] if config.stage == "tune" else None
-
-    def watch() -> dict[str, float]:
-        return {"val_accuracy": accuracy(predict(model, val, preprocessing), val.labels).percent} if val else {}
-
-    history = fit(model, images, labels, preprocessing.normalize, config, folder, watch)
-    info = {"task": data.task, "source": data.source, "preprocessing": preprocessing.record(), "stage": config.stage}
-    cv.save(model, folder / "adapter.safetensors", base=base, classes=data.classes, info=info)
-    return record.conclude(config, folder, data, model, report, history, preprocessing)
+def train(config: Config, folder: Path, tuning: dict[str, Any] | None = None) -> dict[str, Any]:
+    """The run itself: set-up, epochs, the evaluation that judges it, the files that record it."""
+    setup = prepare(config)
+    print(f"{setup.report}\n{setup.data.source}; {config.stage} run on {setup.device}")
+    if label := protocol.label(config):
+        print(label)
+    history = learn(setup, folder, protocol.watcher(setup, folder))
+    if config.protocol == "paper":
+        cv.load(folder / "adapter.safetensors", setup.model)  # that of the best look
+    else:
+        protocol.save(setup, folder)
+    return record.conclude(setup, folder, history, tuning)
 
 
-def build(base: cv.Base, num_classes: int, config: Config) -> nn.Module:
-    """The backbone with the run's stochastic depth."""
-    try:
-        return base.build(num_classes, **({"drop_path_rate": config.drop_path} if config.drop_path else {}))
-    except TypeError as error:
-        if "drop_path_rate" not in str(error):
-            raise
-        raise ValueError(f"{config.model} has no stochastic depth; pass --drop-path 0") from error
-
-
-def try_size(model: nn.Module, example: Tensor, name: str) -> None:
-    """One forward pass before anything is written.
+def attempt(config: Config, folder: Path, epochs: int) -> list[dict[str, Any]]:
+    """A trial of --tune in `folder`, from where it stands to `epochs` of its schedule; returns one record an epoch.
 
     Raises:
-        ValueError: the architecture cannot take images of this size.
+        DivergedError: the loss is not finite.
     """
+    record.check(folder, config)
+    folder.mkdir(parents=True, exist_ok=True)
     try:
-        with torch.inference_mode():
-            model.eval()(example)
-    except (RuntimeError, AssertionError, IndexError, ZeroDivisionError) as error:
-        raise ValueError(
-            f"{name} cannot take images of {example.shape[-1]} pixels; choose another --img-size"
-        ) from error
+        record.claim(folder, config)
+        setup = prepare(config)
+        return learn(setup, folder, protocol.watcher(setup, folder, at=epochs), epochs)
+    finally:
+        record.forget(folder)
+
+
+def learn(
+    setup: Setup, folder: Path, watch: Callable[[int], dict[str, float]], until: int | None = None
+) -> list[dict[str, Any]]:
+    """Train on the split that the stage names."""
+    training = setup.data.splits["train" if setup.config.stage == "tune" else "trainval"]
+    images = torch.from_numpy(training.decode(setup.preprocessing.size)).to(setup.device)
+    labels = torch.from_numpy(training.labels).to(setup.device)
+    return fit(setup.model, images, labels, setup.preprocessing.normalize, setup.config, folder, watch, until)
 
 
 def fit(
@@ -105,38 +105,40 @@ def fit(
     normalize: Callable[[Tensor], Tensor],
     config: Config,
     folder: Path,
-    watch: Callable[[], dict[str, float]] = dict,
+    watch: Callable[[int], dict[str, float]] = lambda epoch: {},
+    until: int | None = None,
 ) -> list[dict[str, Any]]:
     """All epochs, from the checkpoint on if there is one; returns one record an epoch.
 
     Args:
         images, labels: all training images, uint8 (n, H, W, 3), and their classes, on the model's device.
-        watch: more figures for an epoch's record.
+        watch: more figures for an epoch's record, given its number.
+        until: stop after this epoch of the schedule; None is the last.
 
     Raises:
-        ValueError: the loss is not finite; the checkpoint of the last good epoch stays.
+        DivergedError: the loss is not finite; the checkpoint of the last good epoch stays.
     """
     saved = folder / "checkpoint.safetensors"
     fused = images.device.type == "cuda"
-    groups = cv.parameter_groups(model, config.lr, mask_lr=config.mask_lr)
-    optimizer = torch.optim.AdamW(groups, weight_decay=config.weight_decay, fused=fused)
-    schedule = warmup_cosine(optimizer, config, -(-len(images) // config.batch_size))
+    optimizer = make_optimizer(model, config, fused)
+    schedule = Schedule(optimizer, config, config.steps(len(images)))
     history: list[dict[str, Any]] = []
     if saved.is_file():
         history = checkpoint.read(saved, model, optimizer)["history"]
         record.write_metrics(folder, history)
         print(f"resuming after epoch {len(history)} of {config.epochs}")
-    done, total = len(history) * len(images), config.epochs * len(images)
+    last, seen = until or config.epochs, min(len(images), config.steps(len(images)) * config.batch_size)
+    done, total = len(history) * seen, last * seen
     with tqdm(total=total, initial=done, unit="img", desc="train", mininterval=0.5) as bar:
-        for epoch in range(len(history), config.epochs):
+        for epoch in range(len(history), last):
             row = run_epoch(model, images, labels, normalize, optimizer, schedule, config, epoch, bar)
             if row["step"] is not None:
-                raise ValueError(
+                raise checkpoint.DivergedError(
                     f"loss or weights are not finite at step {row['step']} of epoch {epoch + 1}; {folder} keeps epoch "
                     f"{epoch}; a lower --lr than {config.lr} helps most, then --clip"
                 )
             kept = ("epoch", "loss", "accuracy", "lr", "seconds")
-            history.append({key: row[key] for key in kept} | watch())
+            history.append({key: row[key] for key in kept} | watch(epoch + 1))
             checkpoint.write(saved, model, optimizer, {"history": history})
             record.write_metrics(folder, history)
     return history
@@ -156,7 +158,7 @@ def run_epoch(
     """One pass over the training images; the losses stay on the device, so that a GPU is never waited for."""
     # Seeded by epoch, so that a resumed run draws what an uninterrupted one would have drawn.
     torch.manual_seed(config.seed * 1_000_003 + epoch)
-    batches = torch.randperm(len(images)).to(images.device).split(config.batch_size)
+    batches = torch.randperm(len(images)).to(images.device).split(config.batch_size)[: config.steps(len(images))]
     losses = torch.zeros(len(batches), device=images.device)
     correct = torch.zeros((), device=images.device)
     start, seen = time.perf_counter(), 0
@@ -174,7 +176,7 @@ def run_epoch(
         losses[step] = loss.detach() * len(chosen)
         correct += (logits.detach().argmax(1) == labels[chosen]).sum()
         seen += len(chosen)
-        if step % 8 == 7 or seen == len(images):
+        if step % 8 == 7 or step == len(batches) - 1:
             bar.set_postfix(loss=f"{losses.sum().item() / seen:.3f}", acc=f"{100 * correct.item() / seen:.1f} %")
         bar.update(len(chosen))
     finite = losses.isfinite()
@@ -189,35 +191,6 @@ def run_epoch(
         "seconds": time.perf_counter() - start,
         "step": bad,
     }
-
-
-def warmup_cosine(optimizer: torch.optim.Optimizer, config: Config, steps: int) -> Any:
-    """timm's schedule by step: up from 0 over the warm-up's share of all steps, then a cosine down to 0."""
-    from timm.scheduler import CosineLRScheduler
-
-    total = config.epochs * steps
-    rising = round(config.warmup * total)
-    return CosineLRScheduler(optimizer, t_initial=total, warmup_t=rising, warmup_lr_init=0.0, t_in_epochs=False)
-
-
-def pick_device(name: str | None) -> torch.device:
-    """The named device, else CUDA, Apple's GPU or the CPU, whichever is there.
-
-    Raises:
-        ValueError: a device that this machine does not have.
-    """
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    here = [kind for kind, found in there.items() if found]
-    if name is None:
-        return torch.device(here[0])
-    try:
-        if name.partition(":")[0] not in here:
-            raise RuntimeError
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except RuntimeError:
-        raise ValueError(f"--device {name} is not on this machine; here: {', '.join(here)}") from None
-    return device
 
 
 if __name__ == "__main__":

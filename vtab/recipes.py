@@ -1,0 +1,337 @@
+"""Published recipes as rows: what each method's authors trained with, as defaults of this trainer's flags.
+
+    python -m vtab.recipes                                          the table
+    python -m vtab.train --task dtd --method lora --recipe noah-lora ...   explicit flags override the recipe
+
+Figures come from the authors' code, which each row names; where code and paper differ, the code counts. A recipe sets
+how to train, never how to test: most of these authors report the best of several looks at the test split
+(`reported`), which takes --protocol paper here as well. What we cannot do as they did is in `differs`.
+Methods that are not here at all (SSF, SPT, ARC, RLRR, GLoRA, NOAH's search, VPT, PACE) have no recipe.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from capavision.targets import near
+from vtab.tasks import NAMES, TASKS
+
+DROPOUT = "module dropout of 0.1: no method here has dropout"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One row: flags of the run and of the method, the same for every task or by task, and where they come from."""
+
+    name: str
+    source: str
+    method: str | None  # None fits every method
+    run: Mapping[str, Any]
+    of_method: Mapping[str, Any] = field(default_factory=dict)
+    rank_by_task: tuple[int, ...] = ()  # the 19 tasks in VTAB's order
+    scale_by_task: tuple[float, ...] = ()  # factor on the delta: alpha = scale · rank for LoRA
+    searched: str = "nothing"
+    reported: str = "the last epoch"
+    differs: tuple[str, ...] = (DROPOUT,)
+
+    @property
+    def by_task(self) -> tuple[str, ...]:
+        """The method's fields that take another value for each task."""
+        scale = "alpha" if self.method == "lora" else "scale"
+        return (("rank",) if self.rank_by_task else ()) + ((scale,) if self.scale_by_task else ())
+
+    def values(self, task: str, given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Defaults for `task`: flags of the run, and of the method given the explicit flags `given`."""
+        row = _row(task)
+        of_method = dict(self.of_method)
+        if self.rank_by_task and row is not None:
+            of_method["rank"] = self.rank_by_task[row]
+        if self.scale_by_task and row is not None:
+            scale = self.scale_by_task[row]
+            rank = given.get("rank", of_method.get("rank"))
+            of_method |= {"alpha": float(scale * rank)} if self.method == "lora" else {"scale": float(scale)}
+        return {**self.run, "recipe": self.name}, of_method
+
+    def unlike(self, task: str) -> list[str]:
+        """What a run on `task` does otherwise than the authors did."""
+        if self.by_task and _row(task) is None:
+            return [*self.differs, f"no published {' or '.join(self.by_task)} for {task or 'this task'}: the default"]
+        return list(self.differs)
+
+
+def _row(task: str) -> int | None:
+    """The task's place in VTAB's order; None for a task of one's own."""
+    order = [name for name, row in TASKS.items() if row.group != "extra"]
+    return order.index(NAMES[task].id) if task in NAMES and NAMES[task].id in order else None
+
+
+COMMON: dict[str, Any] = {
+    "optimizer": "adamw",
+    "lr": 1e-3,
+    "weight_decay": 1e-4,
+    "schedule": "epoch",
+    "warmup": 0.1,
+    "lr_start": 1e-6,
+    "lr_min": 1e-5,
+    "epochs": 100,
+    "batch_size": 64,
+    "drop_last": True,
+    "drop_path": 0.1,
+    "clip": 0.0,
+    "norm": "imagenet",
+}
+OSU = {**COMMON, "norm": "none"}
+VPT = {**COMMON, "optimizer": "sgd", "lr_start": 0.0, "lr_min": 0.0, "drop_last": False, "drop_path": 0.0}
+VPT_DIFFERS = (
+    "lr and weight decay are chosen by task on val200: the default here is the middle of the grid; pass --tune",
+    "their cosine starts where the warm-up ends; here it starts with the schedule",
+    "their data are lossless; see the record for yours",
+)
+BEST_OF_10 = "best of 10 test evaluations"
+
+_ROWS = (
+    Recipe(
+        "common",
+        "what NOAH, FacT, Convpass, RepAdapter and V-PETL share: JieShibo/PETL-ViT convpass/vtab/train.py",
+        None,
+        COMMON,
+        reported=BEST_OF_10,
+    ),
+    Recipe(
+        "noah-lora",
+        "ZhangYuanhan-AI/NOAH configs/LoRA/VTAB, model/supernet_vision_transformer_timm.py",
+        "lora",
+        {**COMMON, "targets": "qkv"},  # one A for q, k and v together: 294,912 values in a ViT-B
+        {"rank": 8, "alpha": 8.0},
+        reported="best of 11 test evaluations",
+    ),
+    Recipe(
+        "noah-adapter",
+        "ZhangYuanhan-AI/NOAH configs/Adapter/VTAB, model/module/adapter_super.py",
+        "adapter",
+        {**COMMON, "targets": "mlp"},
+        {"rank": 8, "where": "houlsby", "activation": "gelu"},
+        reported="best of 11 test evaluations",
+        differs=(
+            DROPOUT,
+            "QuickGELU, and a Xavier start of both matrices: here GELU, and U = 0",
+            "their adapter stands after the drop-path, ours before it",
+        ),
+    ),
+    Recipe(
+        "convpass",
+        "JieShibo/PETL-ViT convpass/vtab/configs/convpass",
+        "adapter",
+        COMMON,
+        {"rank": 8, "where": "parallel", "activation": "gelu"},
+        scale_by_task=(0.1, 1, 0.01, 0.1, 1, 100, 0.1, 10, 10, 10, 1, 1, 0.1, 10, 10, 100, 0.1, 100, 1),
+        searched="scale in 0.01, 0.1, 1, 10, 100 by task; how is not documented",
+        reported=BEST_OF_10,
+        differs=(
+            DROPOUT,
+            "Convpass has a 3 × 3 convolution in its bottleneck, and one beside each attention too: its scales only",
+        ),
+    ),
+    Recipe(
+        "fact-tk",
+        "JieShibo/PETL-ViT FacT/fact_tk.py, FacT/configs/tk",
+        "lora",
+        COMMON,
+        {"rank": 32},
+        rank_by_task=(32, 32, 16, 32, 16, 32, 16, 32, 32, 32, 16, 32, 16, 32, 32, 32, 32, 32, 16),
+        scale_by_task=(0.1, 10, 0.01, 1, 10, 100, 1, 10, 100, 10, 1, 10, 10, 10, 10, 100, 1, 100, 10),
+        searched="scale in 0.01, 0.1, 1, 10, 100 and rank 16 or 32 by task; how is not documented",
+        reported=BEST_OF_10,
+        differs=(DROPOUT, "FacT shares its factors among all layers and Linears: its ranks and scales only"),
+    ),
+    Recipe(
+        "repadapter",
+        "luogen1996/RepAdapter train.py, configs/repblock",
+        "adapter",
+        COMMON,
+        {"rank": 8, "where": "houlsby"},
+        scale_by_task=(0.1, 5, 1, 0.5, 0.1, 10, 0.1, 1, 1, 5, 0.1, 0.5, 0.1, 5, 5, 5, 0.1, 10, 1),
+        searched="scale in 0.1, 0.5, 1, 5, 10 by task (scripts/search_rep*.sh)",
+        reported=BEST_OF_10,
+        differs=(
+            DROPOUT,
+            "RepAdapter is linear, grouped, before attention and MLP, its norm in the loss: its scales only",
+        ),
+    ),
+    Recipe(
+        "repadapter-attn",
+        "luogen1996/RepAdapter train.py, configs/repattn",
+        "adapter",
+        {**COMMON, "targets": "attention"},
+        {"rank": 8, "where": "houlsby"},
+        scale_by_task=(0.1, 10, 0.1, 0.5, 0.5, 10, 0.1, 0.5, 5, 0.1, 0.5, 1, 0.1, 5, 1, 10, 5, 10, 1),
+        searched="scale in 0.1, 0.5, 1, 5, 10 by task (scripts/search_rep*.sh)",
+        reported=BEST_OF_10,
+        differs=(DROPOUT, "RepAdapter is linear, grouped, before attention, its norm in the loss: its scales only"),
+    ),
+    Recipe(
+        "bi-lora",
+        "JieShibo/PETL-ViT binary_adapter/lora.py, configs/lora/*-bit1-dim32.yaml",
+        "lora",
+        {**COMMON, "norm": "none"},
+        {"rank": 32, "alpha": 32.0},
+        scale_by_task=(0.1, 10, 0.01, 1, 0.1, 10, 0.1, 10, 10, 10, 10, 1, 0.1, 10, 10, 1, 0.1, 10, 1),
+        searched="scale in 0.01, 0.1, 1, 10 by task; how is not documented",
+        reported=BEST_OF_10,
+        differs=(DROPOUT, "their matrices have weights of 1 bit, and the scales belong to these: here full precision"),
+    ),
+    Recipe(
+        "bi-adaptformer",
+        "JieShibo/PETL-ViT binary_adapter/adaptformer.py, configs/adaptformer/*-bit1-dim32.yaml",
+        "adapter",
+        {**COMMON, "norm": "none"},
+        {"rank": 32, "where": "parallel"},
+        scale_by_task=(0.1, 10, 0.01, 1, 0.01, 10, 0.1, 1, 1, 10, 1, 1, 0.1, 1, 1, 1, 0.1, 1, 1),
+        searched="scale in 0.01, 0.1, 1, 10 by task; how is not documented",
+        reported=BEST_OF_10,
+        differs=(
+            DROPOUT,
+            "their matrices have weights of 1 bit, and the scales belong to these: here full precision",
+            "their adapter reads the residual stream before the norm and stands outside the drop-path",
+        ),
+    ),
+    Recipe(
+        "adapter-plus",
+        "visinf/adapter_plus conf/, modeling/adaptermodel.py",
+        "adapter",
+        {**COMMON, "norm": "model", "lr_start": 1e-5, "lr_min": 1e-6},
+        {"rank": 8, "where": "pfeiffer", "activation": "gelu"},
+        reported="the last epoch, seeds 18, 45, 25",
+        differs=(
+            "a trained scale for each channel, and drop-path on the adapter: neither is here",
+            "no weight decay on biases; both matrices start from N(0, 0.01): here all decay, and U = 0",
+            "their cosine starts where the warm-up ends; here it starts with the schedule",
+        ),
+    ),
+    Recipe(
+        "adapter-plus-ranks",
+        "visinf/adapter_plus conf/experiment/vtab/adapter_plus_dim1-32.yaml",
+        "adapter",
+        {**COMMON, "norm": "model", "lr_start": 1e-5, "lr_min": 1e-6},
+        {"rank": 8, "where": "pfeiffer", "activation": "gelu"},
+        rank_by_task=(1, 4, 2, 1, 8, 16, 1, 16, 2, 32, 32, 4, 8, 8, 8, 32, 4, 32, 8),
+        searched="rank in 1, 2, 4, 8, 16, 32 by task",
+        reported="the last epoch, seeds 18, 45, 25",
+        differs=("as adapter-plus",),
+    ),
+    Recipe(
+        "osu-lora",
+        "OSU-MLB/ViT_PEFT_Vision, default_vtab",
+        "lora",
+        OSU,
+        searched="lr in 1e-3, 1e-2; weight decay in 1e-4, 1e-3; rank in 1, 8, 16, 32, on val200",
+        reported="the last epoch, seed 42",
+        differs=(DROPOUT, "the defaults here are one point of their grid; --tune searches lr and scale"),
+    ),
+    Recipe(
+        "osu-adapter",
+        "OSU-MLB/ViT_PEFT_Vision, default_vtab",
+        "adapter",
+        OSU,
+        {"rank": 8, "where": "houlsby"},
+        searched="lr in 1e-3, 1e-2; weight decay in 1e-4, 1e-3; rank in 4 … 32; scale in 0.01, 0.1, 1, 10, on val200",
+        reported="the last epoch, seed 42",
+        differs=(DROPOUT, "the defaults here are one point of their grid; --tune searches lr and scale"),
+    ),
+    Recipe(
+        "osu-adaptformer",
+        "OSU-MLB/ViT_PEFT_Vision, default_vtab",
+        "adapter",
+        OSU,
+        {"rank": 16, "where": "parallel", "scale": 0.1},
+        searched="lr in 1e-3, 1e-2; weight decay in 1e-4, 1e-3; rank in 4, 16, 32; scale in 0.05, 0.1, 0.2, on val200",
+        reported="the last epoch, seed 42",
+        differs=(DROPOUT, "the defaults here are one point of their grid; --tune searches lr and scale"),
+    ),
+    Recipe(
+        "vpt-linear",
+        "KMnP/vpt tune_vtab.py, configs/base-linear.yaml; VPT, arXiv 2203.12119",
+        "linear_probe",
+        {**VPT, "lr": 1.0 * 64 / 256},
+        searched="lr in 0.05 … 50, times batch / 256; weight decay in 1e-2, 1e-3, 1e-4, 0, on val200",
+        reported="the last epoch, five seeds",
+        differs=(*VPT_DIFFERS, "their batch is 1,024, more than there are images: here 64"),
+    ),
+    Recipe(
+        "vpt-full",
+        "KMnP/vpt tune_vtab.py, configs/base-finetune.yaml; VPT, arXiv 2203.12119",
+        "full",
+        {**VPT, "optimizer": "adamw", "lr": 1e-3 * 64 / 256},
+        searched="lr in 1e-4, 5e-4, 1e-3, 5e-3, times batch / 256; weight decay in 1e-2, 1e-3, 1e-4, 0, on val200",
+        reported="the last epoch, five seeds",
+        differs=(*VPT_DIFFERS, "their batch is 384: here 64"),
+    ),
+    Recipe(
+        "vpt-bitfit",
+        "KMnP/vpt tune_vtab.py, configs/base-finetune.yaml; VPT, arXiv 2203.12119",
+        "bitfit",
+        {**VPT, "optimizer": "adamw", "lr": 1e-3 * 64 / 256},
+        searched="lr in 1e-4, 5e-4, 1e-3, 5e-3, times batch / 256; weight decay in 1e-2, 1e-3, 1e-4, 0, on val200",
+        reported="the last epoch, five seeds",
+        differs=(*VPT_DIFFERS, "their batch is 384: here 64"),
+    ),
+)
+RECIPES = {recipe.name: recipe for recipe in _ROWS}
+
+
+def find(name: str) -> Recipe:
+    """The recipe called `name`.
+
+    Raises:
+        ValueError: no such recipe; near names are given.
+
+    >>> find("fact-tk").values("svhn", {})[1]
+    {'rank': 32, 'alpha': 3200.0}
+    """
+    if name not in RECIPES:
+        raise ValueError(f"unknown recipe {name!r}; {near(name, RECIPES)} python -m vtab.recipes lists all")
+    return RECIPES[name]
+
+
+def table() -> str:
+    """All recipes as Markdown: what each sets, what its authors searched and reported, and what we do otherwise."""
+    rows = ["| recipe | method | sets | searched | reported | differs here | source |", "|---|---|---|---|---|---|---|"]
+    for recipe in RECIPES.values():
+        run = recipe.run if recipe.name == "common" else {k: v for k, v in recipe.run.items() if COMMON.get(k) != v}
+        sets = [f"{key} {_text(value)}" for key, value in {**run, **recipe.of_method}.items()]
+        sets = (["as common"] if recipe.name != "common" else []) + sets
+        sets += [f"{name} by task" for name in recipe.by_task]
+        cells = (recipe.name, recipe.method or "any", ", ".join(sets), recipe.searched, recipe.reported)
+        rows.append(f"| {' | '.join(cells)} | {'; '.join(recipe.differs)} | {recipe.source} |")
+    return "\n".join(rows)
+
+
+def scales() -> str:
+    """The factors on the delta that authors chose by task, as Markdown."""
+    columns = [recipe for recipe in RECIPES.values() if recipe.scale_by_task or recipe.rank_by_task]
+    rows = [f"| task | {' | '.join(recipe.name for recipe in columns)} |", "|---" * (len(columns) + 1) + "|"]
+    for i, task in enumerate(name for name, row in TASKS.items() if row.group != "extra"):
+        cells = []
+        for recipe in columns:
+            rank = [f"rank {recipe.rank_by_task[i]}"] if recipe.rank_by_task else []
+            cells.append(", ".join(rank + ([f"{recipe.scale_by_task[i]:g}"] if recipe.scale_by_task else [])))
+        rows.append(f"| {task} | {' | '.join(cells)} |")
+    return "\n".join(rows)
+
+
+def _text(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+if __name__ == "__main__":
+    from vtab.cli import Parser, run
+
+    def main(argv: list[str] | None = None) -> str:
+        """Print both tables."""
+        Parser(prog="python -m vtab.recipes", description="Published recipes, and their scales by task.").parse_args(
+            argv
+        )
+        print(f"{table()}\n\n{scales()}")
+        return table()
+
+    run(main)
