@@ -7,6 +7,7 @@ The protocol: choose settings with --stage tune (train on 800, watch val200), th
 import json
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ from vtab import backbones, checkpoint, cli, record
 from vtab.config import Config, parse
 from vtab.data import open_task
 from vtab.evaluate import Preprocessing, accuracy, autocast, predict
+
+Clock = Callable[[str], AbstractContextManager[Any]]
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
@@ -70,6 +73,7 @@ def train(config: Config, folder: Path) -> dict[str, Any]:
     history = fit(model, images, labels, preprocessing.normalize, config, folder, watch)
     info = {"task": data.task, "source": data.source, "preprocessing": preprocessing.record(), "stage": config.stage}
     cv.save(model, folder / "adapter.safetensors", base=base, classes=data.classes, info=info)
+    cv.fold(model)  # judged as it will run: the plain model, at its speed
     return record.conclude(config, folder, data, model, report, history, preprocessing)
 
 
@@ -106,12 +110,14 @@ def fit(
     config: Config,
     folder: Path,
     watch: Callable[[], dict[str, float]] = dict,
+    clock: Clock = nullcontext,
 ) -> list[dict[str, Any]]:
     """All epochs, from the checkpoint on if there is one; returns one record an epoch.
 
     Args:
         images, labels: all training images, uint8 (n, H, W, 3), and their classes, on the model's device.
         watch: more figures for an epoch's record.
+        clock: stands around "data", "forward", "backward" and "optimizer" of each step, to measure them.
 
     Raises:
         ValueError: the loss is not finite; the checkpoint of the last good epoch stays.
@@ -129,7 +135,7 @@ def fit(
     done, total = len(history) * len(images), config.epochs * len(images)
     with tqdm(total=total, initial=done, unit="img", desc="train", mininterval=0.5) as bar:
         for epoch in range(len(history), config.epochs):
-            row = run_epoch(model, images, labels, normalize, optimizer, schedule, config, epoch, bar)
+            row = run_epoch(model, images, labels, normalize, optimizer, schedule, config, epoch, bar, clock)
             if row["step"] is not None:
                 raise ValueError(
                     f"loss or weights are not finite at step {row['step']} of epoch {epoch + 1}; {folder} keeps epoch "
@@ -152,6 +158,7 @@ def run_epoch(
     config: Config,
     epoch: int,
     bar: Any,
+    clock: Clock = nullcontext,
 ) -> dict[str, Any]:
     """One pass over the training images; the losses stay on the device, so that a GPU is never waited for."""
     # Seeded by epoch, so that a resumed run draws what an uninterrupted one would have drawn.
@@ -159,27 +166,32 @@ def run_epoch(
     batches = torch.randperm(len(images)).to(images.device).split(config.batch_size)
     losses = torch.zeros(len(batches), device=images.device)
     correct = torch.zeros((), device=images.device)
+    trained = cv.parameters(model)
     start, seen = time.perf_counter(), 0
     model.train()
     for step, chosen in enumerate(batches):
         schedule.step_update(epoch * len(batches) + step)
-        with autocast(images.device):
-            logits = model(normalize(images[chosen]))
-            loss = F.cross_entropy(logits, labels[chosen])
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        if config.clip:
-            nn.utils.clip_grad_norm_(cv.parameters(model), config.clip)
-        optimizer.step()
+        with clock("data"):
+            x, y = normalize(images[chosen]), labels[chosen]
+        with clock("forward"), autocast(images.device):
+            logits = model(x)
+            loss = F.cross_entropy(logits, y)
+        with clock("backward"):
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+        with clock("optimizer"):
+            if config.clip:
+                nn.utils.clip_grad_norm_(trained, config.clip)
+            optimizer.step()
         losses[step] = loss.detach() * len(chosen)
-        correct += (logits.detach().argmax(1) == labels[chosen]).sum()
+        correct += (logits.detach().argmax(1) == y).sum()
         seen += len(chosen)
-        if step % 8 == 7 or seen == len(images):
+        if seen == len(images) or (step % 8 == 7 and images.device.type == "cpu"):  # reading a figure waits for a GPU
             bar.set_postfix(loss=f"{losses.sum().item() / seen:.3f}", acc=f"{100 * correct.item() / seen:.1f} %")
         bar.update(len(chosen))
     finite = losses.isfinite()
     bad = None if finite.all() else 1 + int(finite.int().argmin())
-    if bad is None and not all(p.isfinite().all() for p in cv.parameters(model)):
+    if bad is None and not torch.stack([p.isfinite().all() for p in trained]).all():
         bad = len(batches)
     return {
         "epoch": epoch + 1,
