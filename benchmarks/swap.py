@@ -54,13 +54,13 @@ def milliseconds(path: Path, model: nn.Module) -> float:
     return 1e3 * (time.perf_counter() - start)
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     """Print a row for each change of adapters."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="vit_base_patch16_224")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     model = fresh(options, 1000)
     rows = []
     with tempfile.TemporaryDirectory() as folder:

@@ -130,3 +130,30 @@ def test_what_fails_in_one_architecture_is_its_row(monkeypatch):
     rows = architectures.main(["--limit", "1", "--methods", "lora"])
     assert [row.result for row in rows] == ["FAILED: RuntimeError: no such luck"]
     assert "no such luck" in architectures.troubles(rows)
+
+
+def test_the_suites_floor_is_counted_from_the_flops(monkeypatch, capsys):
+    """Two images an epoch on a machine that does 1 GFLOP/s: the floor by hand."""
+    from benchmarks import vtab_suite
+
+    monkeypatch.setattr(vtab_suite, "TRAINING", 2)
+    monkeypatch.setattr(vtab_suite, "POOL", 4)
+    monkeypatch.setattr(vtab_suite, "matmul_rate", lambda device: 1e9)
+    monkeypatch.setattr(vtab_suite, "forward_flops", lambda model, x: 10**7)
+    vtab_suite.main(["--model", "test_vit", "--tasks", "kitti,eurosat", "--epochs", "50", "--share", "0.02"])
+    lines = [line.split(" | ") for line in capsys.readouterr().out.splitlines()]
+    floors = {line[0].removeprefix("| "): float(line[6].replace(",", "")) for line in lines[2:5]}
+    kitti, eurosat = (0.01 * (2 * 2 * 50 + count) for count in (711, 5400))
+    assert floors == pytest.approx({"kitti": kitti, "eurosat": eurosat, "2 tasks": kitti + eurosat}, abs=0.06)
+    shares = [float(line[1].removesuffix(" % |")) for line in lines if line[0].endswith(("data", "ward", "optimizer"))]
+    assert sum(shares) == pytest.approx(100, abs=0.3)
+    assert len(shares) == 4
+
+
+def test_changing_adapters_is_timed(capsys):
+    from benchmarks import swap
+
+    swap.main(["--model", "test_vit", "--rounds", "1"])
+    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines()[2:-1]]
+    assert [row[0].removeprefix("| ") for row in rows] == [*swap.CHANGES, "from nothing"]
+    assert all(float(row[2].replace(",", "").removesuffix(" |")) >= 0 for row in rows)

@@ -1,5 +1,6 @@
 """One pass over a split: predictions, top-1 accuracy and its 95 % interval."""
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,13 +39,21 @@ class Preprocessing:
 
     def normalize(self, images: Tensor) -> Tensor:
         """uint8 (B, H, W, 3) to float32 (B, 3, H, W): (x / 255 - mean) / std."""
-        mean, std = (torch.tensor(v, device=images.device).view(1, 3, 1, 1) for v in (self.mean, self.std))
+        mean, std = _constants(self.mean, self.std, images.device)
         return (images.movedim(-1, 1).float() / 255 - mean) / std
 
     def record(self) -> dict[str, Any]:
         """As JSON, for the adapter file and every result."""
         geometry = {"size": self.size, "resize": "squash, bicubic"}
         return geometry | {"mean": list(self.mean), "std": list(self.std), "normalization": self.norm}
+
+
+@functools.lru_cache
+@torch.inference_mode(False)  # cached, so also met in training
+def _constants(mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    """On the device once: copying them there for every batch would make the host wait."""
+    first, second = (torch.tensor(values, device=device).view(1, 3, 1, 1) for values in (mean, std))
+    return first, second
 
 
 @dataclass(frozen=True)

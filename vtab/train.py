@@ -8,6 +8,7 @@ The protocol: choose settings with --stage tune (train on 800, watch val200), th
 import json
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,8 @@ from vtab.config import Config
 from vtab.evaluate import autocast
 from vtab.schedule import Schedule, make_optimizer
 from vtab.setup import Setup, prepare
+
+Clock = Callable[[str], AbstractContextManager[Any]]
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
@@ -69,6 +72,7 @@ def train(config: Config, folder: Path, tuning: dict[str, Any] | None = None) ->
         cv.load(folder / "adapter.safetensors", setup.model)  # that of the best look
     else:
         protocol.save(setup, folder)
+        cv.fold(setup.model)  # judged as it will run: the plain model, at its speed
     return record.conclude(setup, folder, history, tuning)
 
 
@@ -107,6 +111,7 @@ def fit(
     folder: Path,
     watch: Callable[[int], dict[str, float]] = lambda epoch: {},
     until: int | None = None,
+    clock: Clock = nullcontext,
 ) -> list[dict[str, Any]]:
     """All epochs, from the checkpoint on if there is one; returns one record an epoch.
 
@@ -114,6 +119,7 @@ def fit(
         images, labels: all training images, uint8 (n, H, W, 3), and their classes, on the model's device.
         watch: more figures for an epoch's record, given its number.
         until: stop after this epoch of the schedule; None is the last.
+        clock: stands around "data", "forward", "backward" and "optimizer" of each step, to measure them.
 
     Raises:
         DivergedError: the loss is not finite; the checkpoint of the last good epoch stays.
@@ -131,7 +137,7 @@ def fit(
     done, total = len(history) * seen, last * seen
     with tqdm(total=total, initial=done, unit="img", desc="train", mininterval=0.5) as bar:
         for epoch in range(len(history), last):
-            row = run_epoch(model, images, labels, normalize, optimizer, schedule, config, epoch, bar)
+            row = run_epoch(model, images, labels, normalize, optimizer, schedule, config, epoch, bar, clock)
             if row["step"] is not None:
                 raise checkpoint.DivergedError(
                     f"loss or weights are not finite at step {row['step']} of epoch {epoch + 1}; {folder} keeps epoch "
@@ -154,6 +160,7 @@ def run_epoch(
     config: Config,
     epoch: int,
     bar: Any,
+    clock: Clock = nullcontext,
 ) -> dict[str, Any]:
     """One pass over the training images; the losses stay on the device, so that a GPU is never waited for."""
     # Seeded by epoch, so that a resumed run draws what an uninterrupted one would have drawn.
@@ -161,27 +168,33 @@ def run_epoch(
     batches = torch.randperm(len(images)).to(images.device).split(config.batch_size)[: config.steps(len(images))]
     losses = torch.zeros(len(batches), device=images.device)
     correct = torch.zeros((), device=images.device)
+    trained = cv.parameters(model)
     start, seen = time.perf_counter(), 0
     model.train()
     for step, chosen in enumerate(batches):
         schedule.step_update(epoch * len(batches) + step)
-        with autocast(images.device):
-            logits = model(normalize(images[chosen]))
-            loss = F.cross_entropy(logits, labels[chosen])
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        if config.clip:
-            nn.utils.clip_grad_norm_(cv.parameters(model), config.clip)
-        optimizer.step()
+        with clock("data"):
+            x, y = normalize(images[chosen]), labels[chosen]
+        with clock("forward"), autocast(images.device):
+            logits = model(x)
+            loss = F.cross_entropy(logits, y)
+        with clock("backward"):
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+        with clock("optimizer"):
+            if config.clip:
+                nn.utils.clip_grad_norm_(trained, config.clip)
+            optimizer.step()
         losses[step] = loss.detach() * len(chosen)
-        correct += (logits.detach().argmax(1) == labels[chosen]).sum()
+        correct += (logits.detach().argmax(1) == y).sum()
         seen += len(chosen)
-        if step % 8 == 7 or step == len(batches) - 1:
+        # Reading a figure waits for a GPU, so that one is asked at the end alone.
+        if step == len(batches) - 1 or (step % 8 == 7 and images.device.type == "cpu"):
             bar.set_postfix(loss=f"{losses.sum().item() / seen:.3f}", acc=f"{100 * correct.item() / seen:.1f} %")
         bar.update(len(chosen))
     finite = losses.isfinite()
     bad = None if finite.all() else 1 + int(finite.int().argmin())
-    if bad is None and not all(p.isfinite().all() for p in cv.parameters(model)):
+    if bad is None and not torch.stack([p.isfinite().all() for p in trained]).all():
         bad = len(batches)
     return {
         "epoch": epoch + 1,
