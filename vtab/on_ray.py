@@ -6,6 +6,8 @@ trains in a temporary folder there, its files come back when it is finished, and
 """
 
 import os
+import re
+import socket
 import tempfile
 import uuid
 from collections.abc import Sequence
@@ -74,6 +76,34 @@ def unpack(files: dict[str, bytes], folder: Path) -> None:
             temporary.write_bytes(files[name])
 
 
+def connect(address: str) -> Any:
+    """Ray, initialised; nothing is told to its makers, and what starts on this machine listens on this machine only.
+
+    Raises:
+        ValueError: Ray is not installed; no cluster answers.
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    known = re.fullmatch(r"(?:ray://)?\[?(.+?)\]?:(\d+)", address)
+    if address == "local" or (known and known[1] in ("localhost", "127.0.0.1", "::1")):
+        # Without this Ray takes the machine's outer address wherever 127.0.0.1 is meant.
+        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+    try:
+        import ray
+    except ImportError:
+        raise ValueError("--ray needs Ray: pip install 'capavision[ray]'") from None
+    small: dict[str, Any] = {"include_dashboard": False, "object_store_memory": 2**27} if address == "local" else {}
+    try:
+        if known:  # Ray itself would try for ten minutes
+            socket.create_connection((known[1], int(known[2])), timeout=5).close()
+        ray.init(address, log_to_driver=False, logging_level="ERROR", **small)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ValueError(
+            f"no Ray cluster answers at {address!r} ({error}); ray start --head begins one, --ray local does so for "
+            "this sweep only"
+        ) from error
+    return ray
+
+
 class OnRay:
     """The cluster at `address` ("auto": the one that runs here; "local": a new one, on this machine only).
 
@@ -82,20 +112,7 @@ class OnRay:
     """
 
     def __init__(self, address: str, gpus: float | None, cpus: float, out: Path) -> None:
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        try:
-            import ray
-        except ImportError:
-            raise ValueError("--ray needs Ray: pip install 'capavision[ray]'") from None
-        here: dict[str, Any] = (
-            {"include_dashboard": False, "_node_ip_address": "127.0.0.1"} if address == "local" else {}
-        )
-        try:
-            ray.init(address, log_to_driver=False, logging_level="ERROR", **here)
-        except (ConnectionError, ValueError, RuntimeError) as error:
-            raise ValueError(
-                f"no Ray cluster answers at {address!r} ({error}); ray start --head begins one, --ray local does here"
-            ) from error
+        ray = connect(address)
         self.ray, self.cpus = ray, cpus
         self.gpus = (1.0 if ray.cluster_resources().get("GPU") else 0.0) if gpus is None else gpus
         if not self.slots():
@@ -132,8 +149,9 @@ class OnRay:
         except self.ray.exceptions.RayError as error:
             return Outcome(_first_words(error))
         if returned.log:
-            with replacing(run.log) as temporary:
-                temporary.write_bytes(returned.log)
+            run.log.parent.mkdir(parents=True, exist_ok=True)
+            with run.log.open("ab") as log:
+                log.write(returned.log)
         unpack(returned.files, run.folder)
         return Outcome.of(returned.status)
 
@@ -154,5 +172,6 @@ class OnRay:
 def _first_words(error: Exception) -> str:
     """Ray's errors bring a page along; the cause, if it is ours, or the first sentence."""
     cause = getattr(error, "cause", None)
-    lines = [line.strip() for line in str(cause or error).splitlines() if line.strip()]
-    return f"{type(cause or error).__name__}: {lines[0] if lines else ''}"
+    if isinstance(cause, (ValueError, OSError)):
+        return str(cause)
+    return f"{type(error).__name__}: {' '.join(str(error).split()).partition('. ')[0]}"
