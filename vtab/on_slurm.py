@@ -12,7 +12,7 @@ class OnSlurm:
     """One job a run, `jobs` in the queue at a time.
 
     Args:
-        settings: of submitit: partition=gpu,gpus_per_node=1,timeout_min=120; cluster=local needs no Slurm.
+        settings: of submitit: slurm_partition=gpu,gpus_per_node=1,timeout_min=120; cluster=local needs no Slurm.
         out: the sweep's folder; submitit's own files go below it.
         jobs: how many jobs may wait or run at once.
 
