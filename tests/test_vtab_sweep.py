@@ -120,6 +120,11 @@ def test_one_run_under_two_names_runs_once():
     assert [run.label for run in runs] == [f"{t} lora seed 0" for t in ("digits", "dsprites_loc", "dsprites_ori")]
 
 
+@pytest.mark.parametrize(("text", "seeds"), [("3", [0, 1, 2]), ("7,", [7]), ("18,45,25", [18, 45, 25])])
+def test_seeds_are_a_count_or_a_list(text, seeds):
+    assert [config.seed for config in planned(f"--tasks digits --seeds {text} --out r")[1]] == seeds
+
+
 def test_groups_and_aliases_name_tasks():
     assert len(sweep.expand_tasks("natural,specialized,structured")) == 19
     assert sweep.expand_tasks("pets,cifar100") == ["oxford_iiit_pet", "cifar"]
@@ -145,8 +150,9 @@ REFUSED = {
     "method flag": ("--tasks digits --methods lora,bitfit --rank 4", "method bitfit: unrecognized arguments: --rank 4"),
     "model": ("--tasks digits --model vit_tinny_patch16_224", "did you mean 'vit_tiny_patch16_224'"),
     "targets": ("--tasks digits --model test_vit --weights random --targets qkw", "did you mean 'qkv'"),
-    "seeds": ("--tasks digits --seeds a", "must be whole numbers"),
-    "seed": ("--tasks digits --seeds -1", "must lie in"),
+    "seeds": ("--tasks digits --seeds a", "must be a count, such as 3, or a list, such as 0,1,2"),
+    "no seed": ("--tasks digits --seeds 0", "must be a count"),
+    "seed": ("--tasks digits --seeds 99999999999,", "must lie in [0, 2147483648)"),
     "jobs": ("--tasks digits --jobs 0", "--jobs 0 must be a number of at least 1, or auto"),
     "ray and jobs": ("--tasks digits --ray --jobs 2", "--jobs has no use with --ray"),
     "ray and slurm": ("--tasks digits --ray --slurm", "choose one"),
@@ -296,8 +302,8 @@ def test_a_full_disk_stops_the_sweep_in_one_line_and_nothing_is_lost(moment, tmp
 def test_a_child_stops_when_the_other_end_of_its_leash_is_gone(tmp_path):
     """Both ends die with their process, so closing the pipe is what a killed starter looks like to the child."""
     code = "import sys, threading, time; from vtab import leash; leash.PATIENCE = 1\n"
-    code += "threading.Thread(target=leash._watch, daemon=True).start()\n"
-    code += "try:\n    time.sleep(60)\nexcept KeyboardInterrupt:\n    {}"
+    code += "try:\n    threading.Thread(target=leash._watch, daemon=True).start()\n    time.sleep(60)\n"
+    code += "except KeyboardInterrupt:\n    {}"
     for then, status in (("sys.exit(130)", 130), ("time.sleep(60)", 130)):
         child = subprocess.Popen(
             [sys.executable, "-c", code.format(then)],

@@ -19,6 +19,7 @@ from pathlib import Path
 PATIENCE = 30.0  # seconds a run gets to end by itself
 SHOWN = 5  # lines of a log that a report of failure shows
 PAUSE = 0.2
+STOPPED = 130  # what shells report for Ctrl-C
 
 
 @dataclass(frozen=True)
@@ -103,17 +104,18 @@ def tail(log: Path, lines: int = SHOWN) -> list[str]:
 
 def main(argv: Sequence[str]) -> None:
     """The child's end: vtab.train, stopped when standard input closes."""
-    threading.Thread(target=_watch, daemon=True).start()
-    from vtab import cli
-
-    def train() -> None:
-        from vtab import train
+    try:
+        threading.Thread(target=_watch, daemon=True).start()
+        from vtab import cli, train
         from vtab.config import parse
 
-        _wait_for_predecessor(parse(list(argv)).folder() / ".lock")
-        train.main(list(argv))
+        def wait_and_train() -> None:
+            _wait_for_predecessor(parse(list(argv)).folder() / ".lock")
+            train.main(list(argv))
 
-    cli.run(train)
+        cli.run(wait_and_train)
+    except KeyboardInterrupt:  # stopped before it began
+        sys.exit(STOPPED)
 
 
 def _watch() -> None:
@@ -123,7 +125,7 @@ def _watch() -> None:
         pass
     _thread.interrupt_main()
     time.sleep(PATIENCE)
-    os._exit(130)  # stuck where no KeyboardInterrupt arrives
+    os._exit(STOPPED)  # stuck where no KeyboardInterrupt arrives
 
 
 def _wait_for_predecessor(lock: Path) -> None:

@@ -75,7 +75,9 @@ def parser() -> cli.Parser:
     named = ", ".join(f"{name} = {setting}" for name, setting in SETTINGS.items())
     made.add_argument("--tasks", default="", help=f"names, or groups of them: {', '.join(GROUPS)}")
     made.add_argument("--methods", default="lora", help=f"names, with settings if any, lora:rank=4,branches=2; {named}")
-    made.add_argument("--seeds", default="0", metavar="N,…", help="the seeds themselves, such as 0,1,2 (default: 0)")
+    made.add_argument(
+        "--seeds", default="1", metavar="N|LIST", help="a count, 3, or a list, 0,1,2 (default: 1, seed 0)"
+    )
     made.add_argument("--out", type=Path, default=Path("runs"), metavar="DIR", help="run folders and sweep.json")
     made.add_argument("--data-root", type=Path, metavar="DIR", help="folder of images, as for vtab.train")
     made.add_argument(
@@ -126,16 +128,23 @@ def expand_tasks(text: str, root: Path | None = None) -> list[str]:
     >>> expand_tasks("structured,pets")[-2:]
     ['smallnorb_ele', 'oxford_iiit_pet']
     """
-    names = [name.strip() for name in text.split(",") if name.strip()]
+    names = [name.strip() for name in _commas(text)]
     if not names and root is None:
         raise ValueError("name the tasks: --tasks all, say, or --tasks builtin, which needs no download")
     found: list[str] = []
     for name in names:
-        own = root is not None and name not in NAMES and (root / name / lists.LISTS["train"]).is_file()
-        if name not in GROUPS and name not in NAMES and not own:
-            raise ValueError(f"unknown task {name!r}; {near(name, [*NAMES, *GROUPS])}")
-        found += GROUPS.get(name) or [name if own else find(name).id]
+        try:
+            found += GROUPS.get(name) or [find(name).id]
+        except ValueError:
+            if root is None or not (root / name / lists.LISTS["train"]).is_file():
+                raise ValueError(f"unknown task {name!r}; {near(name, [*NAMES, *GROUPS])}") from None
+            found.append(name)
     return list(dict.fromkeys(found)) or [""]
+
+
+def _commas(text: str) -> list[str]:
+    """The pieces between commas, but for those in brackets: clevr(task=…,…) is one."""
+    return [piece for piece in re.findall(r"(?:[^,(]|\([^)]*\))+", text) if piece.strip()]
 
 
 def expand_methods(text: str) -> dict[str, tuple[str, list[str]]]:
@@ -187,10 +196,14 @@ def _parse(label: str, line: list[str]) -> Config:
 
 
 def _seeds(text: str) -> list[int]:
+    """As vtab.train's --seeds: 3 is a count, 0,1,2 a list, 7, a list of one."""
     try:
-        return list(dict.fromkeys(int(seed) for seed in text.split(",")))
+        found = [int(seed) for seed in text.removesuffix(",").split(",")] if "," in text else list(range(int(text)))
     except ValueError:
-        raise ValueError(f"--seeds {text!r} must be whole numbers with commas, such as 0,1,2") from None
+        found = []
+    if not found:
+        raise ValueError(f"--seeds {text!r} must be a count, such as 3, or a list, such as 0,1,2")
+    return list(dict.fromkeys(found))
 
 
 def _check_counts(args: argparse.Namespace) -> None:
