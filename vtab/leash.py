@@ -5,9 +5,11 @@ because it was killed (kill -9 too), the run stops as with Ctrl-C: after the ste
 nothing trains on unseen, and the same run can be started again, here or on another machine.
 """
 
+import _thread
 import contextlib
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import threading
@@ -105,6 +107,7 @@ def tail(log: Path, lines: int = SHOWN) -> list[str]:
 def main(argv: Sequence[str]) -> None:
     """The child's end: vtab.train, stopped when standard input closes."""
     try:
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where a script started the sweep with &
         threading.Thread(target=_watch, daemon=True).start()
         from vtab import cli, train
         from vtab.config import parse
@@ -119,11 +122,12 @@ def main(argv: Sequence[str]) -> None:
 
 
 def _watch() -> None:
-    import _thread
-
     while os.read(0, 1024):
         pass
-    _thread.interrupt_main()
+    if hasattr(signal, "pthread_kill"):  # a true signal wakes the main thread from whatever it waits for
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+    else:
+        _thread.interrupt_main()
     time.sleep(PATIENCE)
     os._exit(STOPPED)  # stuck where no KeyboardInterrupt arrives
 
