@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
-from vtab import cli, leash, local, sweep, work
+from vtab import cli, grid, leash, local, sweep, work
 from vtab.work import Ledger, Run
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -105,7 +105,7 @@ def test_each_planned_folder_is_the_one_that_vtab_train_takes():
         assert parse(list(run.argv)).folder() == run.folder
 
 
-@pytest.mark.parametrize("name", sweep.SETTINGS)
+@pytest.mark.parametrize("name", grid.SETTINGS)
 def test_every_named_setting_is_a_command_line_of_vtab_train(name):
     assert len(planned(f"--tasks digits --methods {name} --out r")[0]) == 1
 
@@ -126,9 +126,9 @@ def test_seeds_are_a_count_or_a_list(text, seeds):
 
 
 def test_groups_and_aliases_name_tasks():
-    assert len(sweep.expand_tasks("natural,specialized,structured")) == 19
-    assert sweep.expand_tasks("pets,cifar100") == ["oxford_iiit_pet", "cifar"]
-    assert set(sweep.expand_tasks("builtin")) == {"digits", "dsprites_loc", "dsprites_ori"}
+    assert len(grid.expand_tasks("natural,specialized,structured")) == 19
+    assert grid.expand_tasks("pets,cifar100") == ["oxford_iiit_pet", "cifar"]
+    assert set(grid.expand_tasks("builtin")) == {"digits", "dsprites_loc", "dsprites_ori"}
 
 
 REFUSED = {

@@ -22,15 +22,19 @@ class Local:
         self.cores = int(os.environ.get("OMP_NUM_THREADS") or cores())
         self.free_mb = free_memory_mb(device) if jobs is None else None
         self.most = len(runs)
+        self.peaks: dict[Run, float] = {}
 
     def slots(self) -> int:
         """How many fit now."""
         if self.jobs is not None:
             return min(self.jobs, len(self.runs))
-        peaks = [peak for run in self.runs if (peak := run.peak_memory_mb())]
-        if not peaks or self.free_mb is None:
+        for run in self.runs:
+            if run.state == "done" and run not in self.peaks:  # each file is read once
+                self.peaks[run] = run.peak_memory_mb() or 0.0
+        peak = max(self.peaks.values(), default=0.0)
+        if not peak or self.free_mb is None:
             return 1
-        fit = int(self.free_mb // (max(peaks) * MARGIN + CONTEXT_MB))
+        fit = int(self.free_mb // (peak * MARGIN + CONTEXT_MB))
         return max(1, min(fit, cores(), self.most))
 
     def start(self, run: Run) -> Child:

@@ -81,8 +81,7 @@ class Run:
 
     def peak_memory_mb(self) -> float | None:
         """What the finished run recorded; None before, and on a CPU."""
-        result = self.result() if self.state == "done" else None
-        peak = (result or {}).get("environment", {}).get("peak_memory_mb")
+        peak = (self.result() or {}).get("environment", {}).get("peak_memory_mb")
         return float(peak) if peak else None
 
     def record(self) -> dict[str, Any]:
