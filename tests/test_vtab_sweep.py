@@ -35,7 +35,7 @@ if deed == "wait":
     sys.stdin.read()
     sys.exit(130)
 if deed == "refuse":
-    sys.exit(2)
+    sys.exit("error: no such thing")
 if deed.startswith("meet"):
     other = folder.parent / deed.split()[1]
     deadline = time.monotonic() + 20
@@ -198,7 +198,7 @@ def test_a_run_that_died_is_tried_once_more_after_the_others(tmp_path, stand_in)
 def test_what_fails_twice_is_reported_with_the_end_of_its_log_and_loses_no_other(tmp_path, stand_in):
     runs, said = worked(tmp_path, "die", "refuse", "forget", "go", jobs=2)
     assert [(run.state, run.attempts) for run in runs] == [("failed", 2)] * 3 + [("done", 1)]
-    assert [run.reason for run in runs[1:3]] == ["exit status 2", "it ended without a result"]
+    assert [run.reason for run in runs[1:3]] == ["error: no such thing", "it ended without a result"]
     told = "\n".join(said)
     assert "run 0 failed 2 times (killed by SIGKILL" in told
     assert "    try 2\n    CUDA out of memory" in told

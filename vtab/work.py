@@ -196,6 +196,8 @@ def _settle(run: Run, outcome: Outcome, place: Place, ledger: Ledger) -> None:
         return
     run.reason = outcome.reason or "it ended without a result"
     run.last_lines = tail(run.log)
+    if run.last_lines and run.last_lines[-1].startswith("error: "):  # vtab.train's one line says it better
+        run.reason = run.last_lines[-1]
     if any("out of memory" in line.lower() for line in (run.reason, *run.last_lines)):
         place.crowded(run)
     run.state = "waiting" if run.attempts < TRIES else "failed"
