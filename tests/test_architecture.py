@@ -68,7 +68,7 @@ def test_no_pickle_is_ever_loaded():
 
 
 @pytest.mark.parametrize(
-    "module", ["vtab.train", "vtab.data", "export", "export.predict", "export.verify", "export.bench"]
+    "module", ["vtab.train", "vtab.data", "vtab.report", "export", "export.predict", "export.verify", "export.bench"]
 )
 def test_every_command_has_a_help(module):
     done = subprocess.run([sys.executable, "-m", module, "--help"], capture_output=True, text=True, check=True)
