@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from vtab import charts, cli, report, tables
+from vtab import charts, cli, report, tables, terminal
 from vtab.evaluate import Accuracy
 from vtab.published import choose, published
 from vtab.rows import VTAB, arrange, averages
@@ -222,7 +222,7 @@ def test_confusions_against_a_slow_loop(tmp_path):
 
 BASE = {"model": "vit.a", "weights": "pretrained", "digest": "d1" * 32, "img_size": 224}
 APART = {
-    "protocol": ({"protocol": "paper"}, "paper protocol: best of the test evaluations"),
+    "protocol": ({"protocol": "paper"}, "paper protocol (best of test)"),
     "stage": ({"stage": "tune", "split": "val"}, "judged on val200"),
     "images": ({"data": {"variant": "lossless"}}, "lossless images"),
     "checkpoint": ({"base": BASE | {"model": "vit.b"}}, "vit.b"),
@@ -459,6 +459,7 @@ def test_the_latex_has_whole_rows_and_bold_best_figures(written):
     body = [line for line in first.splitlines() if line.endswith(r"\\") and line.count("&") > 10]
     assert {len(re.findall(r"(?<!\\)&", line)) for line in body} == {19 + 5 + 1}
     assert len(body) == 1 + len(made.rows) + len(made.beside)
+    assert "LoRA-8 (NOAH): jpeg images; best of the test evaluations." in texts["table.tex"]
     assert all(rule in first for rule in (r"\toprule", r"\midrule", r"\bottomrule", r"\cmidrule(lr){2-8}"))
     assert r"alert('1')</script> \& 50\% of a\_b" in first
     assert not re.search(r"(?<!\\)[%_#](?!\s*needs)", "\n".join(body))
@@ -540,7 +541,7 @@ def test_lines_of_the_terminal_are_whole_at_any_width(whole, monkeypatch, capsys
     table = tables.lines(rows, choose())
     for width in (80, 120, 260):
         monkeypatch.setenv("COLUMNS", str(width))
-        report.show(table, ["digits"], problems)
+        terminal.show(table, ["digits"], problems)
         said = capsys.readouterr().out
         assert max(map(len, said.splitlines())) <= width
         for line in table:

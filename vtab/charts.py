@@ -24,7 +24,7 @@ import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000", "#8C6D1F")
-MARKERS = "osD^vPX*"
+MARKERS = "osD^vPXp"
 DASHES = ("-", (0, (5, 1.5)), (0, (1, 1)), (0, (5, 1.5, 1, 1.5)))
 MARK = {"linestyle": "none", "markersize": 7, "markeredgecolor": "white"}
 GREY = "#BBBBBB"

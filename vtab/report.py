@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from vtab import cli, page, tables
+from vtab import cli, latex, page, tables, terminal
 from vtab.published import Published, choose
 from vtab.record import write
 from vtab.rows import Row, arrange
@@ -41,26 +41,11 @@ def main(argv: list[str] | None = None) -> Report:
         raise ValueError(f"--out {out} is a file; name a folder")
     table, more = tables.lines(rows, beside), tables.extras(rows)
     write(out / "table.csv", tables.as_csv(table, more))
-    write(out / "table.tex", tables.as_latex(table, more, f"VTAB-1k, top-1 accuracy in percent. {tables.NOTES}"))
+    write(out / "table.tex", latex.render(table, more, f"VTAB-1k, top-1 accuracy in percent. {tables.NOTES}"))
     write(out / "report.html", page.render(rows, beside, report.problems))
-    show(table, more, report.problems)
+    terminal.show(table, more, report.problems)
     print(f"{out / 'report.html'}\n{out / 'table.csv'}\n{out / 'table.tex'}")
     return report
-
-
-def show(table: Sequence[tables.Line], more: Sequence[str], problems: Sequence[Problem]) -> None:
-    """Print the table, what to know of its lines, and what was not counted."""
-    from rich.console import Console
-
-    console = Console(highlight=False, markup=False)
-    for shown in tables.terminal(table, more, console.width):
-        console.print(shown)
-    console.print(tables.NOTES)
-    for line in table:
-        if line.remark:
-            console.print(f"  {line.label}: {line.remark}")
-    for problem in problems:
-        console.print(f"not counted in full: {problem.folder}: {problem.text}", style="yellow")
 
 
 if __name__ == "__main__":

@@ -193,7 +193,7 @@ def identity(run: Run) -> dict[str, str]:
     recipe, limit = run.result.get("recipe"), run.test_limit
     return {
         "stage": "judged on val200" if run.tuning else "final",
-        "protocol": "honest" if run.honest else "paper protocol: best of the test evaluations",
+        "protocol": "honest" if run.honest else "paper protocol (best of test)",
         "model": str(base["model"]),
         "weights": f"weights {base['weights']}",
         "digest": f"digest {str(digest)[:12]}" if digest else "digest not recorded",

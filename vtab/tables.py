@@ -1,27 +1,19 @@
-"""The table of the field, ours above and published rows below: in the terminal, as CSV, as LaTeX."""
+"""The table of the field, ours above and published rows below, and its form as CSV."""
 
 import csv
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from vtab.published import Published
-from vtab.rows import AVERAGES, GROUPS, VTAB, Row
+from vtab.rows import AVERAGES, VTAB, Row
 from vtab.tasks import TASKS
 
 GENERATED = "generated, not dSprites"
-SHORT = {  # headings of six letters, for terminals
-    "cifar": "CIFAR", "caltech101": "Calt.", "dtd": "DTD", "oxford_flowers102": "Flow.", "oxford_iiit_pet": "Pets",
-    "svhn": "SVHN", "sun397": "SUN", "patch_camelyon": "Cam.", "eurosat": "EuroS.", "resisc45": "Resisc",
-    "diabetic_retinopathy": "Retin.", "clevr_count": "Cl-Cnt", "clevr_dist": "Cl-Dis", "dmlab": "DMLab",
-    "kitti": "KITTI", "dsprites_loc": "dS-Loc", "dsprites_ori": "dS-Ori", "smallnorb_azi": "sN-Azi",
-    "smallnorb_ele": "sN-Ele",
-}  # fmt: skip
 MEANS = {"natural": "Nat.", "specialized": "Spec.", "structured": "Struct.", "groups": "Groups", "all": "All 19"}
 NOTES = (
     "± is the standard deviation over seeds. Groups: mean of the 3 group means; All 19: mean of the 19 tasks. "
-    "k/n: partial, the mean of k tasks instead of n. g: generated images, not the data set's."
+    f"k/n: partial, the mean of k tasks instead of n. g: {GENERATED}."
 )
 
 
@@ -78,6 +70,11 @@ def lines(rows: Sequence[Row], beside: Sequence[Published]) -> list[Line]:
     return [_ours(row, best) for row in rows] + [_published(row) for row in beside]
 
 
+def having(table: Sequence[Line], columns: Sequence[str]) -> list[Line]:
+    """Our lines that have a figure in any of the columns."""
+    return [line for line in table if line.ours and any(column in line.figures for column in columns)]
+
+
 def _ours(row: Row, best: dict[str, float | None]) -> Line:
     figures = {}
     for task, cell in row.cells.items():
@@ -126,60 +123,6 @@ def _best(rows: Sequence[Row], column: str) -> float | None:
     return round(max(values), 1) if len(judged) == 1 and len(values) > 1 else None
 
 
-def terminal(table: Sequence[Line], more: Sequence[str], width: int) -> list[Any]:
-    """What rich prints: one table if it fits the width, else one for each group, and one of the extra tasks."""
-    ours = [line for line in table if line.ours]
-    known = {column for line in ours for column in line.figures}
-    whole = _rich("VTAB-1k", table, [*VTAB, *AVERAGES], True)
-    if not known & set(VTAB):
-        printed = []
-    elif _needs(whole) <= width:
-        printed = [whole]
-    else:
-        there = [group for group, tasks in GROUPS.items() if known & set(tasks)]
-        printed = [_rich(group, table, [*GROUPS[group], group], False) for group in there]
-        printed.append(_rich("both averages", table, ["groups", "all"], True))
-    return printed + ([_rich("not part of VTAB-1k", ours, more, True)] if more else [])
-
-
-def _needs(shown: Any) -> int:
-    """Columns that a rich table needs with names of 24 letters to a line."""
-    from rich.console import Console
-
-    return 24 + sum(
-        shown._measure_column(Console(width=10_000), Console(width=10_000).options, c).maximum
-        for c in shown.columns[1:]
-    )
-
-
-def _rich(title: str, table: Sequence[Line], columns: Sequence[str], last: bool) -> Any:
-    """last: with parameters and seeds."""
-    from rich import box
-    from rich.table import Table
-    from rich.text import Text
-
-    look = {"box": box.SIMPLE_HEAD, "show_edge": False, "pad_edge": False, "padding": 0}
-    shown = Table(title=f"\n{title}", title_justify="left", **look)
-    shown.add_column("method", overflow="fold", min_width=14)
-    for column in columns:
-        shown.add_column((SHORT | MEANS).get(column, column), justify="right", no_wrap=True)
-    for name in ("trained", "seeds") if last else ():
-        shown.add_column(name, justify="right", no_wrap=True)
-    previous = True
-    for line in table:
-        if previous and not line.ours:
-            shown.add_section()
-        previous = line.ours
-        cells = []
-        for column in columns:
-            figure = line.figures.get(column)
-            text = str(figure).replace(" ± ", "\n±").replace(" (", "\n(") if figure else "–"
-            cells.append(Text(text, style="bold" if figure and figure.best else "" if line.ours else "dim"))
-        name = line.label if line.ours else f"{line.label}, published"
-        shown.add_row(Text(name), *cells, *([line.parameters or "–", line.seeds or "–"] if last else ()))
-    return shown
-
-
 def as_csv(table: Sequence[Line], more: Sequence[str]) -> str:
     """Plain numbers, a line a row; empty where there is none."""
     columns = [*VTAB, *more]
@@ -205,66 +148,3 @@ def as_csv(table: Sequence[Line], more: Sequence[str]) -> str:
 
 def _number(value: float | None) -> str:
     return "" if value is None else f"{value:.4f}"
-
-
-def as_latex(table: Sequence[Line], more: Sequence[str], caption: str) -> str:
-    """A booktabs table; needs \\usepackage{booktabs, graphicx}. Our best of each column is bold."""
-    parts = [_latex(table, [*VTAB, *AVERAGES], caption)]
-    if more:
-        parts.append(_latex([line for line in table if line.ours], more, "Tasks that are not part of VTAB-1k."))
-    return "\n".join(["% needs \\usepackage{booktabs, graphicx}", *parts])
-
-
-def _latex(table: Sequence[Line], columns: Sequence[str], caption: str) -> str:
-    names = [f"\\rotatebox{{90}}{{{escape_latex(MEANS.get(c) or paper_name(c))}}}" for c in columns]
-    groups, rules, start = [], [], 2
-    for group, tasks in GROUPS.items():
-        if tasks[0] in columns:
-            groups.append(f"\\multicolumn{{{len(tasks)}}}{{c}}{{{group.capitalize()}}}")
-            rules.append(f"\\cmidrule(lr){{{start}-{start + len(tasks) - 1}}}")
-            start += len(tasks)
-    over = [" & " + " & ".join(groups) + f" & \\multicolumn{{{len(AVERAGES)}}}{{c}}{{Means}} & \\\\", "".join(rules)]
-    body = []
-    for index, line in enumerate(table):
-        if index and table[index - 1].ours and not line.ours:
-            body.append(r"\midrule")
-        cells = [_latex_figure(line.figures.get(column)) for column in columns]
-        name = escape_latex(line.label if line.ours else f"{line.label}, published")
-        body.append(" & ".join([name, *cells, escape_latex(line.parameters) or "--"]) + r" \\")
-    return "\n".join(
-        [
-            r"\begin{table*}",
-            f"\\caption{{{escape_latex(caption)}}}",
-            r"\setlength{\tabcolsep}{2pt}\scriptsize\centering",
-            rf"\begin{{tabular}}{{l{'c' * len(columns)}r}}",
-            r"\toprule",
-            *(over if groups else []),
-            " & ".join(["Method", *names, r"\rotatebox{90}{Trained}"]) + r" \\",
-            r"\midrule",
-            *body,
-            r"\bottomrule",
-            r"\end{tabular}",
-            r"\end{table*}",
-            "",
-        ]
-    )
-
-
-def _latex_figure(figure: Figure | None) -> str:
-    if figure is None:
-        return "--"
-    value = f"\\textbf{{{figure.value:.1f}}}" if figure.best else f"{figure.value:.1f}"
-    spread = "" if figure.std is None else f"\\,{{\\tiny$\\pm${figure.std:.1f}}}"
-    marks = escape_latex(" ".join(part for part in (figure.mark, figure.caveat) if part))
-    return value + (f"\\textsuperscript{{{marks}}}" if marks else "") + spread
-
-
-def escape_latex(text: str) -> str:
-    """Text that LaTeX prints as it is.
-
-    >>> print(escape_latex("50 % of a_b"))
-    50 \\% of a\\_b
-    """
-    special = {c: f"\\{c}" for c in "&%$#_{}"} | {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}"}
-    special |= {"^": r"\textasciicircum{}", "±": r"$\pm$", "≤": r"$\leq$", "×": r"$\times$", "–": "--", "…": r"\dots{}"}
-    return "".join(special.get(c, c) for c in text)
