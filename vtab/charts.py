@@ -70,7 +70,9 @@ def tasks_of(rows: Sequence[Row]) -> list[str]:
 @_styled
 def bars(rows: Sequence[Row], beside: Sequence[Published]) -> bytes:
     """A panel a task: our rows in colour with their 95 % intervals, published ones in grey."""
-    tasks, names = tasks_of(rows), [row.label for row in rows] + [f"{row.method}, published" for row in beside]
+    tasks = tasks_of(rows)
+    beside = beside if set(tasks) & set(VTAB) else ()
+    names = [row.label for row in rows] + [f"{row.method}, published" for row in beside]
     figure, panels = _panels(tasks, 0.24 * len(names) + 0.75, names)
     for axes, task in zip(panels, tasks, strict=True):
         for index, row in enumerate(rows):

@@ -168,6 +168,9 @@ def _folders(roots: Iterable[Path]) -> list[Path]:
     found = {}
     for root in roots:
         for path in (*root.rglob("result.json"), *root.rglob("config.json")):
+            trial = path.parent.parent  # of --tune, inside the run that it is part of
+            if trial.name == "trials" and (trial.parent / "config.json").is_file():
+                continue
             if path.name == "result.json" or _ours(path):
                 found.setdefault(path.parent.resolve(), path.parent)
     return sorted(found.values())

@@ -108,17 +108,19 @@ def _span(ends: tuple[int, int]) -> str:
 
 
 def _best(rows: Sequence[Row], column: str) -> float | None:
-    """The highest figure, rounded as shown, if all that could be highest were judged by the same images."""
+    """The highest figure, rounded as shown, if all that could be highest had the same images and seeds."""
     judged, values = set(), []
     for row in rows:
         if not row.comparable:
             continue
         if column in row.cells:
             cell = row.cells[column]
-            judged.add((cell.images, cell.generated, cell.runs[0].variant))
+            judged.add((cell.images, cell.generated, cell.runs[0].variant, tuple(run.seed for run in cell.runs)))
             values.append(cell.mean)
         elif column in AVERAGES and (average := row.averages()[column]).value is not None:
-            judged.add((frozenset(row.cells), average.caveat, row.facets.get("images"), row.facets["test"]))
+            judged.add(
+                (frozenset(row.cells), average.caveat, row.facets.get("images"), row.facets["test"], row.seeds())
+            )
             values.append(average.value)
     return round(max(values), 1) if len(judged) == 1 and len(values) > 1 else None
 

@@ -24,7 +24,7 @@ def show(table: Sequence[Line], more: Sequence[str], problems: Sequence[Problem]
     for shown in blocks(table, more, console.width):
         console.print(shown)
     console.print(NOTES)
-    for line in table:
+    for line in table if having(table, VTAB) else having(table, more):
         if line.remark:
             console.print(f"  {line.label}: {line.remark}")
     for problem in problems:
