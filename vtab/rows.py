@@ -103,6 +103,11 @@ class Cell:
     def generated(self) -> bool:
         return any(run.generated for run in self.runs)
 
+    @property
+    def judged(self) -> tuple[object, ...]:
+        """Number and kind of test images, and the seeds: cells that differ here are not ranked."""
+        return self.images, self.generated, self.runs[0].variant, tuple(run.seed for run in self.runs)
+
 
 @dataclass
 class Row:

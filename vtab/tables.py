@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from vtab.published import Published
-from vtab.rows import AVERAGES, VTAB, Row
+from vtab.rows import AVERAGES, GROUPS, VTAB, Row
 from vtab.tasks import TASKS
 
 GENERATED = "generated, not dSprites"
@@ -110,18 +110,12 @@ def _span(ends: tuple[int, int]) -> str:
 def _best(rows: Sequence[Row], column: str) -> float | None:
     """The highest figure, rounded as shown, if all that could be highest had the same images and seeds."""
     judged, values = set(), []
-    for row in rows:
-        if not row.comparable:
-            continue
-        if column in row.cells:
-            cell = row.cells[column]
-            judged.add((cell.images, cell.generated, cell.runs[0].variant, tuple(run.seed for run in cell.runs)))
-            values.append(cell.mean)
-        elif column in AVERAGES and (average := row.averages()[column]).value is not None:
-            judged.add(
-                (frozenset(row.cells), average.caveat, row.facets.get("images"), row.facets["test"], row.seeds())
-            )
-            values.append(average.value)
+    for row in (row for row in rows if row.comparable):
+        tasks = GROUPS.get(column, VTAB) if column in AVERAGES else [column]
+        there = {task: row.cells[task] for task in tasks if task in row.cells}
+        if there:
+            values.append(row.averages()[column].value if column in AVERAGES else there[column].mean)
+            judged.add(frozenset((task, cell.judged) for task, cell in there.items()))
     return round(max(values), 1) if len(judged) == 1 and len(values) > 1 else None
 
 
