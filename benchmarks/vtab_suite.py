@@ -32,7 +32,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import capavision as cv
 from benchmarks.tables import table
 from vtab import config as configs
-from vtab import train
+from vtab import setup, train
 from vtab.data import Split
 from vtab.evaluate import Preprocessing, autocast, predict
 from vtab.tasks import TASKS, Task
@@ -145,7 +145,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     """Print where the time goes, task by task and phase by phase."""
     options = parse(argv)
-    device = train.pick_device(options.device)
+    device = setup.pick_device(options.device)
     vtab = [task for task in TASKS.values() if task.group != "extra"]
     tasks = vtab if options.tasks == "all" else [TASKS[name] for name in options.tasks.split(",")]
     model = timm.create_model(options.model, num_classes=0).to(device)

@@ -73,6 +73,7 @@ def test_no_pickle_is_ever_loaded():
         "vtab.train",
         "vtab.sweep",
         "vtab.data",
+        "vtab.report",
         "vtab.recipes",
         "export",
         "export.predict",

@@ -39,9 +39,15 @@ def config(*argv):
     return parse(["--task", "dtd", *argv])
 
 
+def probed():
+    model = cv.Base("test_vit", "random").build(2)
+    cv.inject(model, cv.LinearProbe())
+    return model
+
+
 def rates(settings, images=1000):
     """The learning rate that each step of a run has, read from the optimizer."""
-    optimizer = make_optimizer(cv.Base("test_vit", "random").build(2), settings, fused=False)
+    optimizer = make_optimizer(probed(), settings, fused=False)
     steps = settings.steps(images)
     schedule, found = Schedule(optimizer, settings, steps), []
     for step in range(settings.epochs * steps):
@@ -161,7 +167,7 @@ def test_the_default_schedule_is_a_cosine_by_step():
 
 
 def test_sgd_has_momentum():
-    optimizer = make_optimizer(cv.Base("test_vit", "random").build(2), config("--optimizer", "sgd"), fused=False)
+    optimizer = make_optimizer(probed(), config("--optimizer", "sgd"), fused=False)
     assert isinstance(optimizer, torch.optim.SGD)
     assert optimizer.param_groups[0]["momentum"] == 0.9
 

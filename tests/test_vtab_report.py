@@ -1,0 +1,618 @@
+import base64
+import csv
+import html.parser
+import io
+import json
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from importlib import resources
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from vtab import charts, cli, report, tables, terminal
+from vtab.evaluate import Accuracy
+from vtab.published import choose, published
+from vtab.rows import VTAB, arrange, averages
+from vtab.runs import read_all
+from vtab.tasks import TASKS
+
+ROOT = Path(__file__).resolve().parent.parent
+IMAGES = 1000
+PNG = base64.b64decode(  # 1 × 1, black
+    "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR4nGNgYGBgAAAABQABpfZFQAAAAABJRU5ErkJggg=="
+)
+
+
+def fake(root, task, correct, seed=0, name=None, config=(), data=(), **result):
+    """A finished run's folder: `correct` of 1,000 test images right."""
+    folder = root / (name or f"{task}-{seed}-{len(list(root.glob('*')))}")
+    folder.mkdir(parents=True)
+    method = {"name": "lora", "rank": 8, "alpha": 8.0, "branches": 1, "density": 1.0, "masks": "random"}
+    settings = {"task": task, "model": "vit.a", "weights": "pretrained", "seed": seed, "lr": 1e-3, "method": method}
+    settings |= dict(config)
+    kind = TASKS[task].group if task in TASKS else "extra"
+    data = {"source": "here", "variant": "files" if kind == "extra" else "jpeg", "generated": False, **dict(data)}
+    record = {
+        "task": task, "split": "test", "stage": "final", "protocol": "honest", "seed": seed, "method": "lora r8",
+        "accuracy": 100 * correct / IMAGES, "images": IMAGES, "images_in_full_split": IMAGES,
+        "trained_parameters": 147_456, "seconds_training": 9.0, "seconds_evaluation": 1.0, "normalization": "model",
+        "base": {"model": "vit.a", "weights": "pretrained", "digest": "d1" * 32, "img_size": 224},
+        "selection": {"settings": "the command line", "epoch": "the last", "looks_at_test": 1},
+        "environment": {"commit": "c0ffee", "torch": "2.15", "gpu": None, "device": "cpu", "peak_memory_mb": 700},
+        "data": data, "config": settings, **result,
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(settings))
+    (folder / "result.json").write_text(json.dumps(record))
+    rows = [{"epoch": e + 1, "loss": 1.0, "accuracy": 40.0 + 10 * e, "lr": 0.1, "seconds": 1.0} for e in range(3)]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "predictions.png").write_bytes(PNG)
+    labels = np.arange(IMAGES) % 4
+    predicted = np.where(np.arange(IMAGES) < correct, labels, (labels + 1) % 4)
+    np.savez(folder / "predictions.npz", labels=labels.astype(np.uint16), predicted=predicted.astype(np.uint16))
+    return folder
+
+
+def rows_of(*roots):
+    runs, problems = read_all(roots)
+    rows, doubled = arrange(runs)
+    return rows, [*problems, *doubled]
+
+
+def refused(capsys, argv):
+    """The one line that a stranger sees, and exit code 2."""
+    with pytest.raises(SystemExit) as stop:
+        cli.run(lambda: report.main([str(word) for word in argv]))
+    assert stop.value.code == 2
+    said = capsys.readouterr().err.strip().splitlines()
+    assert len(said) == 1, said
+    return said[0]
+
+
+def slow_averages(values):
+    """Both averages by counting, or None where a task is missing."""
+    if set(values) != set(VTAB):
+        return None
+    sums, counts = {}, {}
+    for task, value in values.items():
+        group = TASKS[task].group
+        sums[group], counts[group] = sums.get(group, 0) + value, counts.get(group, 0) + 1
+    assert counts == {"natural": 7, "specialized": 4, "structured": 8}
+    return sum(sums[g] / counts[g] for g in sums) / 3, sum(sums.values()) / 19
+
+
+class Page(html.parser.HTMLParser):
+    """What a browser would load, run and show."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.links, self.text = [], [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.links += [value for name, value in attrs if name in ("src", "href", "srcset", "data", "action")]
+        assert not [name for name, _ in attrs if name.startswith("on")]
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+
+# ------------------------------------------------------------------------------------------------ published rows
+
+
+def test_published_averages_are_the_tasks_own():
+    headline = {  # group mean, mean of 19, to two decimals
+        "LoRA-8 (NOAH)": (74.60, 72.25), "PACE": (79.01, 76.93), "Full fine-tuning": (68.97, 65.57),
+        "Convpass": (76.56, 74.45), "LoRA (OSU)": (75.24, 72.91), "Houlsby adapter (OSU)": (76.27, 74.03),
+    }  # fmt: skip
+    for row in published():
+        groups, everything = slow_averages(row.accuracies)
+        assert row.averages["groups"].value == pytest.approx(groups)
+        assert row.averages["all"].value == pytest.approx(everything)
+        assert (row.averages["groups"].count, row.averages["all"].caveat) == (19, "")
+        if row.method in headline:
+            expected = headline.pop(row.method)
+            assert (round(groups, 2), round(everything, 2)) == pytest.approx(expected, abs=0.0101)
+    assert not headline
+
+
+def test_every_published_row_says_where_it_is_from_and_on_what():
+    rows = published()
+    assert len(rows) == len({row.method for row in rows}) == 31 + 16
+    for row in rows:
+        assert row.source, row.method
+        assert row.data in ("jpeg", "lossless", "unstated")
+        assert row.weights in ("orig", "AugReg", "unstated")
+        assert all(0 < value <= 100 for value in row.accuracies.values())
+    assert [row.method for row in rows if row.weights == "AugReg"] == ["SSF", "GPS", "RLRR"]
+    lossless = {row.method for row in rows if row.data == "lossless"}
+    assert lossless == {"Full fine-tuning", "Linear", "BitFit", "VPT-Shallow", "VPT-Deep"}
+    assert "AugReg weights" in choose("SSF")[0].remark
+    assert "lossless images" in choose("VPT-Deep")[0].remark
+
+
+def test_published_rows_are_chosen_by_name():
+    assert len(choose("all")) == 47
+    assert choose("none") == []
+    with pytest.raises(ValueError, match=r"--beside: no published row 'PACEE'; did you mean 'PACE'"):
+        choose("Linear, PACEE")
+
+
+# ------------------------------------------------------------------------------------------------ figures
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """Two methods on all 19 tasks, two seeds, and one extra task."""
+    root, rng = tmp_path_factory.mktemp("whole"), np.random.default_rng(0)
+    values = {}
+    for method, count in (("lora r8", 147_456), ("circulant", 9_216)):
+        for task in [*VTAB, "digits"]:
+            for seed in (0, 1):
+                correct = int(rng.integers(300, 990))
+                values[method, task, seed] = correct / 10
+                fake(root, task, correct, seed, method=method, trained_parameters=count)
+    return root, values
+
+
+def test_a_cell_is_mean_and_spread_over_seeds_with_the_interval_of_its_images(whole):
+    root, values = whole
+    rows, problems = rows_of(root)
+    assert problems == []
+    assert [row.label for row in rows] == ["circulant", "lora r8"]
+    for row in rows:
+        for task, cell in row.cells.items():
+            one, two = (values[row.method, task, seed] for seed in (0, 1))
+            assert cell.mean == pytest.approx((one + two) / 2)
+            assert cell.std == pytest.approx(abs(one - two) / 2**0.5)  # n - 1
+            expected = Accuracy(round((one + two) * 5), IMAGES).interval
+            assert cell.interval == pytest.approx(expected, abs=0.11)  # an image more or less, where it is a half
+
+
+def test_both_averages_against_a_slow_loop(whole):
+    root, values = whole
+    for row in rows_of(root)[0]:
+        by_seed = [slow_averages({task: values[row.method, task, seed] for task in VTAB}) for seed in (0, 1)]
+        for place, name in enumerate(("groups", "all")):
+            average = row.averages()[name]
+            assert average.value == pytest.approx((by_seed[0][place] + by_seed[1][place]) / 2)
+            assert average.std == pytest.approx(abs(by_seed[0][place] - by_seed[1][place]) / 2**0.5)
+            assert (average.count, average.of, average.caveat) == (19, 19, "")
+    assert abs(rows_of(root)[0][0].averages()["groups"].value - rows_of(root)[0][0].averages()["all"].value) > 1e-3
+
+
+def test_an_average_of_some_tasks_is_called_partial(tmp_path):
+    for task in VTAB[:-1]:
+        fake(tmp_path, task, 500)
+    found = rows_of(tmp_path)[0][0].averages()
+    assert found["all"].caveat == found["groups"].caveat == "partial, 18 of 19"
+    assert found["structured"].caveat == "partial, 7 of 8"
+    assert found["natural"].caveat == ""
+    assert averages({})["all"].value is None
+
+
+def test_seeds_that_differ_between_tasks_give_no_spread_of_the_average(tmp_path):
+    fake(tmp_path, "dtd", 500, 0)
+    fake(tmp_path, "dtd", 510, 1)
+    fake(tmp_path, "kitti", 500, 0)
+    (row,) = rows_of(tmp_path)[0]
+    assert row.cells["dtd"].std == pytest.approx(0.5**0.5)
+    assert row.averages()["all"].std is None
+    assert row.seeds() == (1, 2)
+
+
+def test_confusions_against_a_slow_loop(tmp_path):
+    folder = fake(tmp_path, "kitti", 0, accuracy=40.0, images=5)
+    labels, predicted = [0, 0, 1, 3, 3], [0, 1, 1, 0, 2]
+    np.savez(folder / "predictions.npz", labels=np.uint16(labels), predicted=np.uint16(predicted))
+    shares = charts.confusions(read_all([tmp_path])[0][0])
+    assert shares.shape == (4, 4)
+    for true in range(4):
+        for guess in range(4):
+            of_true = [g for t, g in zip(labels, predicted, strict=True) if t == true]
+            assert shares[true, guess] == (100 * of_true.count(guess) / len(of_true) if of_true else 0)
+
+
+# ------------------------------------------------------------------------------------------------ what never mixes
+
+BASE = {"model": "vit.a", "weights": "pretrained", "digest": "d1" * 32, "img_size": 224}
+APART = {
+    "protocol": ({"protocol": "paper"}, "paper protocol (best of test)"),
+    "stage": ({"stage": "tune", "split": "val"}, "judged on val200"),
+    "images": ({"data": {"variant": "lossless"}}, "lossless images"),
+    "checkpoint": ({"base": BASE | {"model": "vit.b"}}, "vit.b"),
+    "digest": ({"base": BASE | {"digest": "e2" * 32}}, "digest e2e2e2e2e2e2"),
+    "size": ({"base": BASE | {"img_size": 384}}, "384 px"),
+    "normalisation": ({"normalization": "imagenet"}, "normalisation imagenet"),
+    "test limit": ({"config": {"test_limit": 1000}, "images_in_full_split": 10_000}, "first 1,000 test images"),
+    "partial": ({"data": {"splits": {"trainval": 900}}}, "partial lists"),
+    "recipe": ({"recipe": "noah"}, "recipe noah"),
+    "tuned": ({"tuning": {"rule": "halving", "trials": [], "chosen": {"lr": 0.1}}}, "tuned on val200"),
+    "settings": ({"config": {"epochs": 7}}, "epochs 7"),
+}
+
+
+@pytest.mark.parametrize("case", APART)
+def test_what_does_not_compare_is_a_row_of_its_own_that_says_so(case, tmp_path):
+    other, said = APART[case]
+    fake(tmp_path, "cifar", 600, 0)
+    fake(tmp_path, "cifar", 700, 1)
+    fake(tmp_path, "cifar", 900, 2, **other)
+    rows, problems = rows_of(tmp_path)
+    assert problems == []
+    assert sorted(row.cells["cifar"].mean for row in rows) == [65.0, 90.0]
+    (apart,) = (row for row in rows if row.cells["cifar"].mean == 90)
+    assert said in apart.label
+    assert said not in next(row for row in rows if row is not apart).label
+
+
+def test_jpeg_and_lossless_never_meet_in_one_average(tmp_path):
+    fake(tmp_path, "cifar", 600, data={"variant": "lossless"})
+    fake(tmp_path, "dtd", 700)
+    rows, _ = rows_of(tmp_path)
+    assert sorted((row.label, *row.cells) for row in rows) == [
+        ("lora r8, jpeg images", "dtd"), ("lora r8, lossless images", "cifar"),
+    ]  # fmt: skip
+
+
+def test_seeds_of_one_setting_are_one_row_also_across_records_of_another_age(tmp_path):
+    fake(tmp_path, "cifar", 600, 0, config={"out": "a", "device": "cpu"})
+    folder = fake(tmp_path, "cifar", 700, 1, config={"epochs": 100, "out": "b"})  # today's default, written out
+    (row,) = rows_of(tmp_path)[0]
+    assert row.seeds() == (2, 2)
+    old = json.loads((folder / "result.json").read_text())
+    for new in ("stage", "protocol", "seed", "method", "normalization", "selection", "environment"):
+        del old[new]
+    (folder / "result.json").write_text(json.dumps(old))
+    (row,) = rows_of(tmp_path)[0]
+    assert (row.label, row.seeds()) == ("lora r8", (2, 2))
+
+
+def test_random_bases_are_one_row_although_each_seed_draws_its_own(tmp_path):
+    for seed in (0, 1):
+        base = BASE | {"weights": "random", "digest": f"{seed}" * 64}
+        fake(tmp_path, "cifar", 600, seed, base=base)
+    assert len(rows_of(tmp_path)[0]) == 1
+
+
+def test_the_same_run_given_twice_counts_once(tmp_path):
+    folder = fake(tmp_path, "cifar", 600, name="one")
+    shutil.copytree(folder, tmp_path / "two")
+    rows, problems = rows_of(tmp_path, tmp_path / "one")
+    assert rows[0].seeds() == (1, 1)
+    assert [problem.folder.name for problem in problems] == ["two"]
+    assert "the same run as" in problems[0].text
+
+
+def test_only_honest_rows_can_be_best_and_only_over_the_same_images(tmp_path):
+    fake(tmp_path, "cifar", 900, protocol="paper")
+    fake(tmp_path, "cifar", 600)
+    fake(tmp_path, "cifar", 700, method="circulant")
+    fake(tmp_path, "dtd", 600)
+    limited = {"config": {"test_limit": 500}, "images": 500, "accuracy": 70.0}
+    fake(tmp_path, "dtd", 0, method="circulant", **limited)
+    table = {line.label: line for line in tables.lines(rows_of(tmp_path)[0], [])}
+    best = [(label, name) for label, line in table.items() for name, figure in line.figures.items() if figure.best]
+    assert best == [("circulant", "cifar")]
+    fake(tmp_path, "cifar", 800, 1, method="circulant")
+    assert not any(f.best for line in tables.lines(rows_of(tmp_path)[0], []) for f in line.figures.values())
+
+
+# ------------------------------------------------------------------------------------------------ bad folders
+
+
+def broken_result(change):
+    def damage(folder):
+        record = json.loads((folder / "result.json").read_text())
+        change(record)
+        (folder / "result.json").write_text(json.dumps(record))
+
+    return damage
+
+
+DAMAGE = {
+    "cut": (lambda f: (f / "result.json").write_text('{"task": "cif'), "result.json is damaged"),
+    "empty": (lambda f: (f / "result.json").write_bytes(b""), "result.json is damaged"),
+    "binary": (lambda f: (f / "result.json").write_bytes(b"\xff\xfe\x00"), "result.json is damaged"),
+    "a list": (lambda f: (f / "result.json").write_text("[1]"), "no record of a run"),
+    "a folder": (lambda f: ((f / "result.json").unlink(), (f / "result.json").mkdir()), "unfinished, 3 epochs done"),
+    "no accuracy": (broken_result(lambda r: r.pop("accuracy")), "no valid 'accuracy': None"),
+    "text": (broken_result(lambda r: r.update(accuracy="90")), "no valid 'accuracy': '90'"),
+    "nan": (broken_result(lambda r: r.update(accuracy=float("nan"))), "accuracy of nan %"),
+    "too good": (broken_result(lambda r: r.update(accuracy=101.0)), "accuracy of 101.0 %"),
+    "no whole number": (broken_result(lambda r: r.update(accuracy=50.05)), "no whole number of images"),
+    "no images": (broken_result(lambda r: r.update(images=0)), "over 0 images"),
+    "no method": (broken_result(lambda r: r["config"].pop("method")), "names no method"),
+    "unfinished": (lambda f: (f / "result.json").unlink(), "unfinished, 3 epochs done"),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGE)
+def test_a_damaged_run_is_named_and_the_others_count(case, tmp_path):
+    damage, said = DAMAGE[case]
+    fake(tmp_path, "cifar", 600, 0)
+    damage(fake(tmp_path, "cifar", 700, 1, name="bad one"))
+    rows, problems = rows_of(tmp_path)
+    assert [row.seeds() for row in rows] == [(1, 1)]
+    assert [(problem.folder.name, said in problem.text) for problem in problems] == [("bad one", True)]
+
+
+def test_what_is_not_counted_is_named_in_the_terminal_and_on_the_page(tmp_path, capsys):
+    fake(tmp_path, "cifar", 600, 0)
+    (fake(tmp_path, "cifar", 700, 1, name="bad one") / "result.json").write_text("{")
+    cli.run(lambda: report.main([str(tmp_path), "--beside", "none"]))  # no SystemExit
+    assert "bad one: result.json is damaged" in " ".join(capsys.readouterr().out.split())
+    assert "bad one" in (tmp_path / "report" / "report.html").read_text()
+
+
+def cut(name, keep):
+    return lambda folder: (folder / name).write_bytes((folder / name).read_bytes()[:keep])
+
+
+def other_predictions(folder):
+    np.savez(folder / "predictions.npz", labels=np.zeros(IMAGES, np.uint16), predicted=np.zeros(IMAGES, np.uint16))
+
+
+def pickled_predictions(folder):
+    np.savez(folder / "predictions.npz", labels=np.array([{}]), predicted=np.array([{}]))
+
+
+LESS = {
+    "metrics": (cut("metrics.jsonl", 100), "no learning curve"),
+    "metrics of other things": (lambda f: (f / "metrics.jsonl").write_text("[1]\n"), "no learning curve"),
+    "predictions": (cut("predictions.npz", 90), "no confusion matrix"),
+    "predictions of another run": (other_predictions, "it holds 100.0 %"),
+    "pickled predictions": (pickled_predictions, "no confusion matrix"),
+    "predictions without labels": (lambda f: np.savez(f / "predictions.npz", a=1), "no confusion matrix"),
+}
+
+
+@pytest.mark.parametrize("case", LESS)
+def test_a_run_with_a_damaged_extra_counts_without_it(case, tmp_path):
+    damage, said = LESS[case]
+    damage(fake(tmp_path, "cifar", 600, name="bad one"))
+    rows, problems = rows_of(tmp_path)
+    assert rows[0].cells["cifar"].mean == 60
+    assert said in problems[0].text
+
+
+class Trap:
+    """Unpickled, it touches a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def test_predictions_are_never_unpickled(tmp_path):
+    folder, sprung = fake(tmp_path, "cifar", 600), tmp_path / "sprung"
+    np.savez(folder / "predictions.npz", labels=np.array([Trap(sprung)]), predicted=np.array([Trap(sprung)]))
+    assert "no confusion matrix" in rows_of(tmp_path)[1][0].text
+    assert not sprung.exists()
+
+
+def test_a_run_of_nothing_but_its_result_has_a_page(tmp_path):
+    folder = fake(tmp_path, "cifar", 600)
+    for name in ("metrics.jsonl", "predictions.npz"):
+        (folder / name).unlink()
+    (folder / "predictions.png").write_text("no picture")
+    assert report.main([str(tmp_path)]).problems == []
+    said = (tmp_path / "report" / "report.html").read_text()
+    assert "No predictions.png" in said
+    assert "No predictions.npz" in said
+    assert "Learning curves" not in said
+
+
+def test_where_there_is_nothing_to_report_it_says_so(tmp_path, capsys):
+    assert "nowhere is no folder" in refused(capsys, [tmp_path / "nowhere"])
+    assert "no finished run in" in refused(capsys, [tmp_path])
+    (fake(tmp_path / "runs", "cifar", 600, name="bad one") / "result.json").write_text("{")
+    assert "bad one: result.json is damaged" in refused(capsys, [tmp_path / "runs"])
+    fake(tmp_path / "runs", "cifar", 600)
+    (tmp_path / "file").write_text("mine")
+    assert "is a file; name a folder" in refused(capsys, [tmp_path / "runs", "--out", tmp_path / "file"])
+    assert "no published row 'PACEE'" in refused(capsys, [tmp_path / "runs", "--beside", "PACEE"])
+    assert not (tmp_path / "report").exists()
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_configs_of_other_programs_are_no_runs(tmp_path):
+    fake(tmp_path, "cifar", 600)
+    (tmp_path / "bert").mkdir()
+    (tmp_path / "bert" / "config.json").write_text('{"model_type": "bert"}')
+    (tmp_path / "half").mkdir()
+    (tmp_path / "half" / "config.json").write_text("{")
+    assert rows_of(tmp_path)[1] == []
+    (tmp_path / "half" / "checkpoint.safetensors").write_text("")
+    assert [problem.folder.name for problem in rows_of(tmp_path)[1]] == ["half"]
+
+
+def test_the_trials_of_a_search_are_part_of_their_run(tmp_path):
+    folder = fake(tmp_path, "cifar", 600)
+    (fake(folder / "trials", "cifar", 700, name="lr0.1") / "result.json").unlink()
+    fake(tmp_path / "trials", "cifar", 800, 1)  # no run's: only a folder of that name
+    rows, problems = rows_of(tmp_path)
+    assert (rows[0].seeds(), problems) == ((2, 2), [])
+
+
+def test_a_report_without_vtab_tasks_shows_no_published_rows(tmp_path, capsys):
+    fake(tmp_path, "digits", 600)
+    report.main([str(tmp_path)])
+    for said in (capsys.readouterr().out, (tmp_path / "report" / "table.tex").read_text()):
+        assert "digits" in said
+        assert "PACE" not in said
+    assert "<h2>VTAB-1k</h2>" not in (tmp_path / "report" / "report.html").read_text()
+
+
+# ------------------------------------------------------------------------------------------------ outputs
+
+
+@pytest.fixture(scope="module")
+def written(whole, tmp_path_factory):
+    """Every output of a report on whole runs, a generated task, and names that would break a careless page."""
+    root, out = tmp_path_factory.mktemp("more"), tmp_path_factory.mktemp("out")
+    nasty = "<script>alert('1')</script> & 50% of a_b"
+    fake(root, "dsprites_loc", 500, data={"generated": True, "variant": "generated"}, method=nasty)
+    fake(root, "photos <b>of</b> mine", 400, method=nasty)
+    fake(root, "dtd", 950, method="lora r8", protocol="paper")
+    fake(root, "dtd", 450, method="lora r8", stage="tune", split="val")
+    made = report.main([str(whole[0]), str(root), "--out", str(out)])
+    texts = {path.name: path.read_text() for path in out.iterdir()}
+    assert set(texts) == {"report.html", "table.csv", "table.tex"}
+    return made, texts, nasty
+
+
+def test_the_csv_holds_every_figure(written, whole):
+    made, texts, nasty = written
+    lines = {(line["method"], line["origin"]): line for line in csv.DictReader(io.StringIO(texts["table.csv"]))}
+    assert len(lines) == len(made.rows) + len(made.beside)
+    assert list(next(iter(lines.values())))[2::4][:19] == VTAB
+    ours = lines["lora r8", "ours"]
+    values = whole[1]
+    for task in [*VTAB, "digits"]:
+        assert float(ours[task]) == pytest.approx((values["lora r8", task, 0] + values["lora r8", task, 1]) / 2)
+        assert float(ours[f"{task}_low95"]) < float(ours[task]) < float(ours[f"{task}_high95"])
+    groups, everything = slow_averages({task: float(ours[task]) for task in VTAB})
+    assert (float(ours["groups"]), float(ours["all"])) == pytest.approx((groups, everything), abs=1e-4)
+    assert (ours["all_complete"], ours["trained_parameters"], ours["seeds"]) == ("yes", "147456", "2")
+    partial = lines[nasty, "ours"]
+    assert (partial["dsprites_loc"], partial["dtd"], partial["all_complete"]) == ("50.0000", "", "no")
+    assert "generated, not dSprites" in partial["remark"]
+    assert lines["LoRA-8 (NOAH)", "published"]["cifar"] == "67.1000"
+    assert any("paper protocol" in method for method, _ in lines)
+    assert any("judged on val200" in method for method, _ in lines)
+
+
+def test_the_latex_has_whole_rows_and_bold_best_figures(written):
+    made, texts, _ = written
+    first = texts["table.tex"].split(r"\end{tabular}")[0]
+    body = [line for line in first.splitlines() if line.endswith(r"\\") and line.count("&") > 10]
+    assert {len(re.findall(r"(?<!\\)&", line)) for line in body} == {19 + 5 + 1}
+    assert len(body) == 1 + len(made.rows) + len(made.beside)
+    assert "LoRA-8 (NOAH): jpeg images; best of the test evaluations." in texts["table.tex"]
+    assert all(rule in first for rule in (r"\toprule", r"\midrule", r"\bottomrule", r"\cmidrule(lr){2-8}"))
+    assert r"alert('1')</script> \& 50\% of a\_b" in first
+    assert not re.search(r"(?<!\\)[%_#](?!\s*needs)", "\n".join(body))
+    assert texts["table.tex"].count(r"\begin{tabular}") == 2  # the extra tasks have a block of their own
+    assert r"photos <b>of</b> mine" in texts["table.tex"].split(r"\end{tabular}")[1]
+    by_label = {line.split(" & ")[0]: line.split(" & ") for line in body}
+    for column, task in enumerate(VTAB, 1):
+        shown = {
+            row.label: round(row.cells[task].mean, 1) for row in made.rows if row.label in ("lora r8", "circulant")
+        }
+        for label, value in shown.items():
+            bold = by_label[label][column].startswith(r"\textbf{")
+            if task not in ("dtd", "dsprites_loc"):
+                assert bold == (value == max(shown.values())), (label, task)
+
+
+def test_the_page_needs_nothing_else_and_escapes_every_name(written):
+    _, texts, nasty = written
+    page = Page(texts["report.html"])
+    assert not {"script", "link", "iframe", "object", "embed", "form"} & set(page.tags)
+    assert len(page.links) > 10
+    assert all(link.startswith(("data:image/", "#")) for link in page.links)
+    assert "url(" not in texts["report.html"]
+    assert "@import" not in texts["report.html"]
+    for link in page.links:
+        if link.startswith("data:"):
+            head, _, content = link.partition(",")
+            content = base64.b64decode(content, validate=True)
+            assert content.startswith(b"\x89PNG" if "png" in head else b"<?xml"), head
+            assert b"<script" not in content
+    assert nasty in page.text
+    assert "photos <b>of</b> mine" in page.text
+    assert "alert('1')</script>" not in texts["report.html"]
+
+
+def test_the_page_tells_what_stands_behind_each_row(written):
+    made, texts, _ = written
+    said = " ".join(Page(texts["report.html"]).text)
+    for row in made.rows:
+        assert row.label in said
+    for fact in (
+        "d1" * 32,
+        "vit.a, weights pretrained",
+        "c0ffee",
+        "torch 2.15",
+        "here, jpeg",
+        "looks at test: 1",
+        "700",
+    ):
+        assert fact in said, fact
+    for one in published():
+        assert one.source in said, one.method
+    assert "here, generated, not dSprites" in said
+    assert "PAPER PROTOCOL" in said
+
+
+def test_generated_sprites_stand_beside_published_ones_only_with_the_words(tmp_path, monkeypatch):
+    titles = []
+    monkeypatch.setattr(charts, "_svg", lambda figure: titles.extend(a.get_title("left") for a in figure.axes) or b"")
+    fake(tmp_path, "dsprites_loc", 500, data={"generated": True, "variant": "generated"})
+    rows, _ = rows_of(tmp_path)
+    charts.bars(rows, choose())
+    assert titles == [f"{tables.paper_name('dsprites_loc')}\nours: generated, not dSprites"]
+    assert rows[0].averages()["all"].caveat == "partial, 1 of 19; 1 generated"
+    assert str(tables.lines(rows, [])[0].figures["dsprites_loc"]) == "50.0g"
+
+
+def test_published_rows_join_neither_means_nor_bars_of_other_tasks(whole, monkeypatch):
+    rows, _ = rows_of(whole[0])
+    assert tables.lines(rows, choose("all"))[:2] == tables.lines(rows, [])
+    widths = []
+    monkeypatch.setattr(charts, "_svg", lambda figure: widths.extend(len(a.patches) for a in figure.axes) or b"")
+    charts.bars(rows, choose("PACE, Linear"))
+    assert widths[:20] == [4] * 19 + [2]  # digits has no published row
+
+
+def test_lines_of_the_terminal_are_whole_at_any_width(whole, monkeypatch, capsys):
+    rows, problems = rows_of(whole[0])
+    table = tables.lines(rows, choose())
+    for width in (80, 120, 260):
+        monkeypatch.setenv("COLUMNS", str(width))
+        terminal.show(table, ["digits"], problems)
+        said = capsys.readouterr().out
+        assert max(map(len, said.splitlines())) <= width
+        for line in table:
+            for task in [*VTAB, "digits"] if line.ours else VTAB:
+                assert f"{line.figures[task].value:.1f}" in said, (width, line.label, task)
+
+
+def test_the_same_runs_give_the_same_pictures(tmp_path):
+    fake(tmp_path, "cifar", 600)
+    rows, _ = rows_of(tmp_path)
+    assert charts.against_parameters(rows, choose()) == charts.against_parameters(rows, choose())
+
+
+def test_other_figures_keep_their_style(tmp_path):
+    import matplotlib as mpl
+
+    fake(tmp_path, "cifar", 600)
+    before = dict(mpl.rcParams)
+    charts.curves(rows_of(tmp_path)[0])
+    assert dict(mpl.rcParams) == before
+
+
+def test_template_and_figures_are_installed(tmp_path):
+    """In a wheel, and where the package lies now."""
+    for name in ("report.html.j2", "published.csv"):
+        assert (resources.files("vtab") / name).is_file()
+    pytest.importorskip("setuptools", "77")
+    source = tmp_path / "source"
+    source.mkdir()
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    for package in ("capavision", "vtab", "export"):
+        shutil.copytree(ROOT / package, source / package, ignore=shutil.ignore_patterns("__pycache__"))
+    build = "from setuptools import build_meta; print(build_meta.build_wheel('.'))"
+    subprocess.run([sys.executable, "-c", build], cwd=source, check=True, capture_output=True)
+    (wheel,) = source.glob("*.whl")
+    assert {"vtab/report.html.j2", "vtab/published.csv"} <= set(zipfile.ZipFile(wheel).namelist())

@@ -1,0 +1,255 @@
+"""Runs as the rows of a table: grouped by method, task and seed, and never mixed where they do not compare.
+
+Two averages, as the field has them, here for all figures, ours and published:
+
+    groups = (mean of the 7 natural + mean of the 4 specialized + mean of the 8 structured tasks) / 3
+    all    = mean of the 19 tasks
+"""
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from statistics import fmean, stdev
+
+from vtab.evaluate import Accuracy
+from vtab.runs import Problem, Run
+from vtab.tasks import TASKS
+
+GROUPS = {
+    group: [task.id for task in TASKS.values() if task.group == group]
+    for group in ("natural", "specialized", "structured")
+}
+VTAB = [task for tasks in GROUPS.values() for task in tasks]
+AVERAGES = {
+    "natural": "natural",
+    "specialized": "specialized",
+    "structured": "structured",
+    "groups": "mean of the 3 group means",
+    "all": "mean of the 19 tasks",
+}
+
+
+@dataclass(frozen=True)
+class Average:
+    """A mean over `count` of the `of` tasks it is meant for; None where there is none of them.
+
+    std: over seeds, where every task has the same two or more
+    generated: how many of the tasks are drawn, not VTAB's own images
+    """
+
+    value: float | None
+    count: int
+    of: int
+    std: float | None = None
+    generated: int = 0
+
+    @property
+    def caveat(self) -> str:
+        """What keeps it from being the benchmark's figure; empty if nothing does.
+
+        >>> Average(70.0, 3, 7).caveat
+        'partial, 3 of 7'
+        """
+        parts = [f"partial, {self.count} of {self.of}"] if self.count < self.of else []
+        parts += [f"{self.generated} generated"] if self.generated else []
+        return "; ".join(parts) if self.count else ""
+
+
+def averages(values: Mapping[str, float]) -> dict[str, Average]:
+    """Group means and both averages of accuracies by task id.
+
+    A partial mean of group means is that of the groups that have any task.
+
+    >>> averages({"cifar": 60.0, "dtd": 70.0, "kitti": 80.0})["groups"]
+    Average(value=72.5, count=3, of=19, std=None, generated=0)
+    """
+    there = {group: [values[task] for task in tasks if task in values] for group, tasks in GROUPS.items()}
+    result = {
+        group: Average(fmean(found) if found else None, len(found), len(GROUPS[group]))
+        for group, found in there.items()
+    }
+    everything = [value for found in there.values() for value in found]
+    of_groups = [fmean(found) for found in there.values() if found]
+    for name, parts in (("groups", of_groups), ("all", everything)):
+        result[name] = Average(fmean(parts) if parts else None, len(everything), len(VTAB))
+    return result
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One method's runs on one task, a seed each."""
+
+    runs: tuple[Run, ...]
+
+    @property
+    def mean(self) -> float:
+        return fmean(run.accuracy for run in self.runs)
+
+    @property
+    def std(self) -> float | None:
+        """Of the seeds, n - 1 in the denominator; None for one seed."""
+        return stdev(run.accuracy for run in self.runs) if len(self.runs) > 1 else None
+
+    @property
+    def images(self) -> int:
+        return min(run.result["images"] for run in self.runs)
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """95 % Wilson interval of the mean on that many images: seeds share the images, so they do not add up."""
+        return Accuracy(round(self.mean * self.images / 100), self.images).interval
+
+    @property
+    def generated(self) -> bool:
+        return any(run.generated for run in self.runs)
+
+    @property
+    def judged(self) -> tuple[object, ...]:
+        """Number and kind of test images, and the seeds: cells that differ here are not ranked."""
+        return self.images, self.generated, self.runs[0].variant, tuple(run.seed for run in self.runs)
+
+
+@dataclass
+class Row:
+    """A line of the table.
+
+    method: its short label
+    facets: what else the runs have in common, by name: rows differ in one of these
+    cells: by task id
+    label: method, and what sets this row apart from the others
+    remarks: what else to know of all its runs
+    """
+
+    method: str
+    facets: dict[str, str]
+    cells: dict[str, Cell] = field(default_factory=dict)
+    label: str = ""
+    remarks: list[str] = field(default_factory=list)
+
+    @property
+    def runs(self) -> list[Run]:
+        return [run for cell in self.cells.values() for run in cell.runs]
+
+    @property
+    def comparable(self) -> bool:
+        """Whole test splits, looked at once: may it be called best?"""
+        return all(run.honest and not run.tuning and not run.partial for run in self.runs)
+
+    def averages(self) -> dict[str, Average]:
+        """As `averages` of the cells' means, with their spread over seeds."""
+        seeds = {tuple(run.seed for run in self.cells[task].runs) for task in self.cells if task in VTAB}
+        shared = seeds.pop() if len(seeds) == 1 else ()
+        by_seed = [
+            averages({task: cell.runs[index].accuracy for task, cell in self.cells.items()})
+            for index in range(len(shared))
+        ]
+        result = {}
+        for name, mean in averages({task: cell.mean for task, cell in self.cells.items()}).items():
+            tasks = GROUPS.get(name, VTAB)
+            spread = [one[name].value for one in by_seed if one[name].value is not None]
+            result[name] = Average(
+                mean.value,
+                mean.count,
+                mean.of,
+                stdev(spread) if len(spread) > 1 else None,
+                sum(self.cells[task].generated for task in tasks if task in self.cells),
+            )
+        return result
+
+    def parameters(self) -> tuple[int, int]:
+        """Fewest and most trained parameters of its runs, the head aside."""
+        counts = [run.result["trained_parameters"] for run in self.runs]
+        return min(counts), max(counts)
+
+    def seeds(self) -> tuple[int, int]:
+        """Fewest and most seeds of a task."""
+        counts = [len(cell.runs) for cell in self.cells.values()]
+        return min(counts), max(counts)
+
+
+def arrange(runs: Sequence[Run]) -> tuple[list[Row], list[Problem]]:
+    """The rows, honest and final ones first, then by trained parameters; and the runs that another stands for."""
+    problems: list[Problem] = []
+    groups: dict[tuple[str, ...], list[Run]] = defaultdict(list)
+    for run in runs:
+        groups[run.method, *identity(run).values()].append(run)
+    rows = []
+    for same in groups.values():
+        for facets, together in _split_variants(same):
+            rows.append(Row(same[0].method, identity(together[0]) | facets))
+            by_task: dict[str, dict[int, Run]] = defaultdict(dict)
+            for run in together:
+                kept = by_task[run.task].setdefault(run.seed, run)
+                if kept is not run:
+                    problems.append(Problem(run.folder, f"the same run as {kept.folder}, which is counted"))
+            order = [*TASKS, *sorted(by_task.keys() - TASKS)]
+            for task in (task for task in order if task in by_task):
+                rows[-1].cells[task] = Cell(tuple(run for _, run in sorted(by_task[task].items())))
+    usual = {"final", "honest"}
+    rows.sort(key=lambda r: (not usual <= set(r.facets.values()), *r.parameters(), r.method, *r.facets.values()))
+    _name(rows)
+    return rows, problems
+
+
+def identity(run: Run) -> dict[str, str]:
+    """What the runs of a row have in common beside the method; rows that differ here are never one."""
+    base, tuned = run.base, run.result.get("tuning")
+    digest = None if base["weights"] == "random" else base["digest"]  # random weights come from each run's seed
+    recipe, limit = run.result.get("recipe"), run.test_limit
+    return {
+        "stage": "judged on val200" if run.tuning else "final",
+        "protocol": "honest" if run.honest else "paper protocol (best of test)",
+        "model": str(base["model"]),
+        "weights": f"weights {base['weights']}",
+        "digest": f"digest {str(digest)[:12]}" if digest else "digest not recorded",
+        "size": f"{base['img_size'] or (run.result.get('preprocessing') or {}).get('size')} px",
+        "normalisation": f"normalisation {run.result.get('normalization') or 'model'}",
+        "test": f"first {limit:,} test images" if limit else "whole test split",
+        "lists": "partial lists" if run.partial else "whole lists",
+        "recipe": f"recipe {recipe}" if recipe else "no recipe",
+        "settings": "tuned on val200" if tuned else "settings given",
+    }
+
+
+def _split_variants(runs: Sequence[Run]) -> Iterable[tuple[dict[str, str], list[Run]]]:
+    """Apart where runs of one task differ in settings, or where JPEG and lossless images would meet in one row."""
+    differing: set[str] = set()
+    facts = {id(run): _facts(run) for run in runs}
+    by_task: dict[str, list[dict[str, str]]] = defaultdict(list)
+    for run in runs:
+        by_task[run.task].append(facts[id(run)])
+    for same in by_task.values():
+        names = {name for one in same for name in one}
+        differing |= {name for name in names if len({one.get(name) for one in same}) > 1}
+    if len({run.variant for run in runs} - {None}) > 1:
+        differing.add("images")
+    chosen, parts = sorted(differing), defaultdict(list)
+    for run in runs:
+        parts[tuple(facts[id(run)].get(name, "default") for name in chosen)].append(run)
+    for values, together in parts.items():
+        split = {
+            name: value if name == "images" else f"{name.removeprefix('method.')} {value}"
+            for name, value in zip(chosen, values, strict=True)
+        }
+        known = {run.variant for run in together} - {None}  # one at most, now
+        yield ({"images": f"{known.pop()} images"} if known else {}) | split, together
+
+
+def _facts(run: Run) -> dict[str, str]:
+    """What runs of one task must share: settings, and the kind of image."""
+    images = "generated images" if run.generated else f"{run.variant} images" if run.variant else "other images"
+    return run.settings() | {"images": images}
+
+
+def _name(rows: Sequence[Row]) -> None:
+    """Label each row by what differs between rows; a row that is no honest test is called so in any case."""
+    usual = {"stage": "final", "protocol": "honest", "test": "whole test split", "lists": "whole lists"}
+    names = list(dict.fromkeys(name for row in rows for name in row.facets))
+    apart = {name for name in names if len({row.facets[name] for row in rows if name in row.facets}) > 1}
+    for row in rows:
+        unusual = {name for name, value in usual.items() if row.facets[name] != value}
+        said = unusual & {"stage", "protocol"} | apart - (usual.keys() - unusual)
+        row.label = ", ".join(
+            [row.method, *(row.facets[name] for name in names if name in row.facets and name in said)]
+        )
+        row.remarks = [row.facets[name] for name in names if name in unusual - said]
