@@ -74,7 +74,7 @@ class Clock:
 
 def split(images: np.ndarray, count: int, classes: int) -> Pool:
     """`count` images with labels."""
-    return Pool(np.arange(count) % classes, lambda _: None, range(count), images)  # type: ignore[arg-type,return-value]
+    return Pool(np.arange(count) % classes, lambda _: None, range(count), images=images)  # type: ignore[arg-type,return-value]
 
 
 def forward_flops(model: nn.Module, x: Tensor) -> int:

@@ -56,7 +56,7 @@ def paper_name(task: str) -> str:
     >>> paper_name("photos of mine")
     'photos of mine'
     """
-    return getattr(TASKS.get(task), "paper_name", None) or task
+    return TASKS[task].paper_name if task in TASKS else task
 
 
 def extras(rows: Sequence[Row]) -> list[str]:
