@@ -15,7 +15,7 @@ from PIL import Image
 
 from capavision.files import cache_dir
 from tests.miniature import write_task
-from vtab import cache, cli, tasks, train
+from vtab import cache, cli, disk, tasks, train
 from vtab.data import Split, open_task
 
 
@@ -146,12 +146,12 @@ def test_a_damaged_cache_file_is_made_again(root, damage):
 
 def test_a_full_disk_costs_time_and_nothing_else(root, capsys, monkeypatch):
     expected = plain(open_task("dtd", root, partial=True).splits["train"], 8)
-    small = shutil.disk_usage(root)._replace(free=cache.SPARE)
+    small = shutil.disk_usage(root)._replace(free=disk.SPARE)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: small)
     assert np.array_equal(opened(root)[0].splits["train"].decode(8), expected)
     said = capsys.readouterr().err
     assert "decoded images are not kept" in said
-    assert "needed and 0.25 GiB free" in said
+    assert "and 0.25 GiB are free in" in said
     monkeypatch.undo()
     monkeypatch.setenv("CAPAVISION_CACHE", str(root.parent / "cache"))
 

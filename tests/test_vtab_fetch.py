@@ -19,7 +19,7 @@ from PIL import Image
 
 from tests.miniature import write_all, write_task
 from tests.test_vtab_check import refused
-from vtab import archive, data, fetch, generated, lists, tasks
+from vtab import archive, data, disk, generated, hub, lists, tasks
 from vtab.data import open_task
 
 TREE = ("cifar", "dtd", "oxford_pet")  # what the small copies of these tests hold, the last by another name
@@ -199,14 +199,14 @@ def test_a_member_that_lies_about_its_size_or_is_damaged_leaves_no_folder(packed
 
 
 def test_a_disk_that_is_too_small_is_told_before_anything_is_written(copy, packed, tmp_path, capsys, monkeypatch):
-    small = shutil.disk_usage(tmp_path)._replace(free=fetch.SPARE + 5000)
+    small = shutil.disk_usage(tmp_path)._replace(free=disk.SPARE + 5000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: small)
     for source in (copy, packed):
         said = bad(capsys, tmp_path / "new", source, *THREE)[1]
         assert "GiB are free in" in said
         assert "free some space, fewer --task, or another --root" in said
         assert not files(tmp_path / "new")
-    monkeypatch.setattr(fetch, "describe", lambda: ("commit", 4_660_000_000, "0" * 64))
+    monkeypatch.setattr(hub, "describe", lambda: ("commit", 4_660_000_000, "0" * 64))
     assert "the archive and what is unpacked from it needs 8.68 GiB" in bad(capsys, tmp_path / "new", "hub")[1]
     assert "the archive and what is unpacked from it needs 4.56 GiB" in bad(capsys, tmp_path / "new", "hub", *THREE)[1]
 
@@ -255,9 +255,9 @@ class Hub:
     def __init__(self, path: Path, sha256: str = "") -> None:
         content, asked = path.read_bytes(), []
         lfs = {"size": len(content), "sha256": sha256 or hashlib.sha256(content).hexdigest(), "pointerSize": 134}
-        files = [{"rfilename": fetch.FILE, "size": len(content), "blobId": "0" * 40, "lfs": lfs}]
-        tree = [{"type": "file", "path": fetch.FILE, "oid": "0" * 40, "size": len(content)}]
-        about = {"id": fetch.REPO, "sha": "c" * 40, "siblings": files, "private": False, "tags": [], "downloads": 0}
+        files = [{"rfilename": hub.FILE, "size": len(content), "blobId": "0" * 40, "lfs": lfs}]
+        tree = [{"type": "file", "path": hub.FILE, "oid": "0" * 40, "size": len(content)}]
+        about = {"id": hub.REPO, "sha": "c" * 40, "siblings": files, "private": False, "tags": [], "downloads": 0}
 
         class Handler(http.server.BaseHTTPRequestHandler):
             def do_GET(self):
@@ -289,21 +289,21 @@ class Hub:
 
 
 def test_the_hubs_own_client_goes_on_where_an_earlier_download_stopped(packed, copy, tmp_path):
-    hub = Hub(packed)
+    served = Hub(packed)
     digest = hashlib.sha256(packed.read_bytes()).hexdigest()
     half = packed.read_bytes()[:1500]
     (tmp_path / f"vtab-1k-{digest[:12]}.zip.part").write_bytes(half)
-    done = hub.fetch(tmp_path, *THREE)
+    done = served.fetch(tmp_path, *THREE)
     assert done.returncode == 0, done.stderr
-    spans = [span for path, span in hub.asked if "/resolve/" in path]
-    assert spans == [f"bytes=1500-{hub.size - 1}"]
-    assert all("c" * 40 in path for path, _ in hub.asked if "/resolve/" in path)  # pinned to one commit
+    spans = [span for path, span in served.asked if "/resolve/" in path]
+    assert spans == [f"bytes=1500-{served.size - 1}"]
+    assert all("c" * 40 in path for path, _ in served.asked if "/resolve/" in path)  # pinned to one commit
     for name in TREE:
         for file, content in files(copy / name).items():
             assert (tmp_path / tasks.find(name).id / file).read_bytes() == content
     assert lists.origin(tmp_path / "dtd")["source"] == f"hub XiN0919/VTAB-1k vtab-1k.zip, sha256 {digest[:12]}…"
     assert (tmp_path / f"vtab-1k-{digest[:12]}.zip").is_file()  # other tasks may follow without a download
-    hub.server.shutdown()
+    served.server.shutdown()
 
 
 def hub_of(monkeypatch, path, sha256=None, stop_after=None):
@@ -319,8 +319,8 @@ def hub_of(monkeypatch, path, sha256=None, stop_after=None):
                 raise ConnectionError("the line was cut")
             yield content[at : at + 1000]
 
-    monkeypatch.setattr(fetch, "describe", lambda: ("commit", len(content), digest))
-    monkeypatch.setattr(fetch, "pieces", pieces)
+    monkeypatch.setattr(hub, "describe", lambda: ("commit", len(content), digest))
+    monkeypatch.setattr(hub, "pieces", pieces)
     return starts
 
 

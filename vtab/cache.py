@@ -12,7 +12,6 @@ request. Files are only ever added; deleting <cache>/images is safe.
 import errno
 import hashlib
 import json
-import shutil
 import sys
 from dataclasses import replace
 from functools import partial
@@ -25,10 +24,10 @@ from tqdm import tqdm
 
 from capavision.files import cache_dir, replacing
 from vtab.data import Data, Split
+from vtab.disk import lack
 
 VERSION = 1  # of the file and of what Split.decode does to an image; change it with either
 RESIZE = "upright by EXIF, RGB, squash, bicubic"
-SPARE = 256 << 20  # bytes of the disk that stay free
 KEEP = ("none", "train", "all")
 PIECE = 256  # images in memory at a time
 
@@ -75,7 +74,9 @@ def stored(split: Split, name: str, size: int) -> Path | None:
         path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(path.with_suffix(".lock")):
             if not _whole(path, shape):  # else another run made it while this one waited
-                _refuse_full_disk(path.parent, int(np.prod(shape)))
+                missing = lack(path.parent, int(np.prod(shape)))
+                if missing:
+                    raise OSError(errno.ENOSPC, f"{path.name} {missing}; CAPAVISION_CACHE names another folder")
                 _write(path, split, size, shape)
     except OSError as error:
         print(f"decoded images are not kept ({error}); they are decoded at every use instead", file=sys.stderr)
@@ -89,13 +90,6 @@ def _whole(path: Path, shape: tuple[int, ...]) -> bool:
     except (OSError, ValueError, EOFError):
         return False
     return found.shape == shape and found.dtype == np.uint8
-
-
-def _refuse_full_disk(folder: Path, needed: int) -> None:
-    free = shutil.disk_usage(folder).free
-    if needed + SPARE > free:
-        wanted = f"{needed / 2**30:.2f} GiB needed and {free / 2**30:.2f} GiB free in {folder}"
-        raise OSError(errno.ENOSPC, f"{wanted}; free some, or set CAPAVISION_CACHE to a folder elsewhere")
 
 
 def _write(path: Path, split: Split, size: int, shape: tuple[int, ...]) -> None:

@@ -9,8 +9,6 @@
 
 import argparse
 import contextlib
-import errno
-import hashlib
 import shutil
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -21,16 +19,13 @@ from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from capavision.files import new_folder
-from vtab import archive, generated, lists, tasks
+from vtab import archive, generated, hub, lists, tasks
 from vtab.check import examine, examine_folder
 from vtab.data import inside, open_task
+from vtab.disk import require, saying_full
 from vtab.tasks import Task
 
-REPO, FILE = "XiN0919/VTAB-1k", "vtab-1k.zip"
-CHUNK = 32 << 20  # bytes of a request
 BLOCK = 4096  # bytes that a small file takes on most disks
-SPARE = 256 << 20  # bytes of the disk that stay free
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 Fill = Callable[[Path], None]
 
 
@@ -43,7 +38,7 @@ def fetch(root: Path, chosen: list[Task], source: str = "hub", *, allow_partial:
     """
     root.mkdir(parents=True, exist_ok=True)
     try:
-        with FileLock(root / ".fetch.lock", blocking=False), _saying_full(root):
+        with FileLock(root / ".fetch.lock", blocking=False), saying_full(root):
             _sweep(root, chosen)
             missing, broken = _sort(root, chosen, allow_partial)
             if missing:
@@ -58,19 +53,6 @@ def fetch(root: Path, chosen: list[Task], source: str = "hub", *, allow_partial:
             f"--root {root} tells what is wrong; move them away and fetch again"
         )
     return [folder for task in chosen if (folder := lists.find_folder(root, task.id))]
-
-
-@contextlib.contextmanager
-def _saying_full(root: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in FULL:
-            raise
-        raise ValueError(
-            f"the disk of {root} is full ({error.strerror}); the unfinished task was removed, all else stays; free some"
-            " space and run the same command again"
-        ) from error
 
 
 def _sweep(root: Path, chosen: list[Task]) -> None:
@@ -111,8 +93,8 @@ def _fillers(
 ) -> Iterator[Iterator[tuple[Task, Fill]]]:
     """For each missing task, what writes its files into a folder."""
     if source == "hub":
-        path = download(root, sum(map(_images, missing)) / sum(map(_images, tasks.VTAB)))
-        about = f"hub {REPO} {FILE}, sha256 {path.stem.rpartition('-')[2]}…"
+        path = hub.download(root, sum(map(_images, missing)) / sum(map(_images, tasks.VTAB)))
+        about = f"hub {hub.REPO} {hub.FILE}, sha256 {path.stem.rpartition('-')[2]}…"
         yield _from_zip(root, path, missing, about)
         if all(lists.find_folder(root, task.id) for task in tasks.VTAB):
             path.unlink()
@@ -135,18 +117,6 @@ def _fillers(
         yield _from_zip(root, Path(source), missing, None)
     else:
         raise ValueError(f"--source {source} is neither hub, tfds, generated, nor a folder or zip file that is here")
-
-
-def require(root: Path, needed: int, what: str) -> None:
-    """Refuse to start what the disk cannot hold.
-
-    Raises:
-        ValueError: less than `needed` bytes, and some to spare, are free.
-    """
-    free = shutil.disk_usage(root).free
-    if needed + SPARE > free:
-        gib = f"{needed / 2**30:.2f} GiB, and {free / 2**30:.2f} GiB are free in {root}"
-        raise ValueError(f"{what} needs {gib}; free some space, fewer --task, or another --root")
 
 
 def _from_zip(root: Path, path: Path, missing: list[Task], about: str | None) -> Iterator[tuple[Task, Fill]]:
@@ -195,91 +165,6 @@ def _refuse_absent(absent: list[Task], where: str, some: bool) -> None:
 
 def _images(task: Task) -> int:
     return 2000 + task.test_images
-
-
-def download(root: Path, share: float = 1.0) -> Path:
-    """The archive from the hub, in `root`; what an earlier, interrupted call received is not asked for again.
-
-    Args:
-        root: where it goes.
-        share: how much of it is going to be unpacked, for the look at the disk.
-
-    Raises:
-        ValueError: no connection, a full disk, or bytes that are not those the hub states.
-    """
-    commit, size, sha256 = describe()
-    path = root / f"{Path(FILE).stem}-{sha256[:12]}.zip"
-    part = path.with_suffix(".zip.part")
-    if path.is_file() and path.stat().st_size == size:
-        return path
-    have = part.stat().st_size if part.is_file() else 0
-    require(root, size - have + int(share * size), "the archive and what is unpacked from it")
-    with part.open("ab") as file, tqdm(total=size, initial=have, unit="B", unit_scale=True, desc=FILE) as bar:
-        try:
-            for piece in pieces(commit, have, size):
-                file.write(piece)
-                bar.update(len(piece))
-        except (KeyboardInterrupt, OSError) as error:
-            if isinstance(error, KeyboardInterrupt) or error.errno in FULL:
-                raise
-            raise _interrupted(part, file.tell(), size, error) from error
-        except Exception as error:  # the hub's client raises errors of the HTTP library of the day
-            raise _interrupted(part, file.tell(), size, error) from error
-    with part.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found != sha256:
-        part.unlink()
-        raise ValueError(
-            f"the {FILE} received has sha256 {found[:12]}…, the hub states {sha256[:12]}…; it was deleted, so run the "
-            "same command again"
-        )
-    return part.rename(path)
-
-
-def _interrupted(part: Path, have: int, size: int, error: Exception) -> ValueError:
-    return ValueError(
-        f"the download stopped at {have:,} of {size:,} bytes ({error}); {part} keeps them and the same command goes on"
-    )
-
-
-def describe() -> tuple[str, int, str]:
-    """(commit, bytes, sha256) of the archive, as the hub states them.
-
-    Raises:
-        ValueError: no connection, or the hub no longer has the file.
-    """
-    from huggingface_hub import HfApi
-
-    try:
-        about = HfApi().dataset_info(REPO, files_metadata=True)
-        file = next((f for f in about.siblings or [] if f.rfilename == FILE), None)
-        if file is None or not file.lfs or not about.sha:
-            raise ValueError("it is not there any more, or without a digest")
-        return about.sha, file.lfs["size"], file.lfs["sha256"]
-    except Exception as error:  # of the hub's client, whatever its HTTP library is
-        why = " ".join(str(error).split()) or type(error).__name__
-        raise ValueError(
-            f"the hub does not tell about {REPO} {FILE} ({why}); try again, or pass --source with a copy you have"
-        ) from error
-
-
-def pieces(commit: str, start: int, stop: int) -> Iterator[bytes]:
-    """The archive's bytes from `start` on, as the hub sends them.
-
-    hf_hub_download would start at 0 in every process, so the bytes are asked for by range.
-    """
-    from huggingface_hub import HfFileSystem
-
-    remote: Any = HfFileSystem().open(
-        f"datasets/{REPO}/{FILE}", "rb", revision=commit, block_size=CHUNK, cache_type="none", size=stop
-    )
-    remote.seek(start)
-    while start < stop:
-        piece = remote.read(min(CHUNK, stop - start))
-        if not piece or len(piece) > stop - start:
-            raise OSError(f"the hub sent {len(piece):,} bytes instead of {stop - start:,}")
-        start += len(piece)
-        yield piece
 
 
 def add_command(commands: Any) -> None:
