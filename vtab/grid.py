@@ -1,13 +1,12 @@
 """The words of a sweep's --tasks, --methods and --seeds, and what each stands for."""
 
-import re
 from pathlib import Path
 
 import capavision as cv
 from capavision.targets import near
 from vtab import lists
 from vtab.generated import SOURCES
-from vtab.tasks import NAMES, TASKS, find
+from vtab.tasks import NAMES, TASKS, find, pieces
 
 # Settings under a name of their own; every method's name is one too. More can follow: capaboost-lora:rank=4.
 SETTINGS = {
@@ -34,7 +33,7 @@ def expand_tasks(text: str, root: Path | None = None) -> list[str]:
     >>> expand_tasks("structured,pets")[-2:]
     ['smallnorb_ele', 'oxford_iiit_pet']
     """
-    names = [name.strip() for name in _commas(text)]
+    names = pieces(text)
     if not names and root is None:
         raise ValueError("name the tasks: --tasks all, say, or --tasks builtin, which needs no download")
     found: list[str] = []
@@ -46,11 +45,6 @@ def expand_tasks(text: str, root: Path | None = None) -> list[str]:
                 raise ValueError(f"unknown task {name!r}; {near(name, [*NAMES, *GROUPS])}") from None
             found.append(name)
     return list(dict.fromkeys(found)) or [""]
-
-
-def _commas(text: str) -> list[str]:
-    """The pieces between commas, but for those in brackets: clevr(task=…,…) is one."""
-    return [piece for piece in re.findall(r"(?:[^,(]|\([^)]*\))+", text) if piece.strip()]
 
 
 def expand_methods(text: str) -> dict[str, tuple[str, list[str]]]:

@@ -128,5 +128,13 @@ def several(names: str | None) -> list[Task]:
     """
     if names in (None, "all"):
         return list(VTAB)
-    # a comma inside brackets belongs to a call such as dsprites(predicted_attribute=…,num_classes=16)
-    return list(dict.fromkeys(find(name) for name in re.findall(r"(?:[^,(]|\([^)]*\))+", names)))
+    return list(dict.fromkeys(find(name) for name in pieces(names)))
+
+
+def pieces(names: str) -> list[str]:
+    """What stands between commas, but for those inside brackets.
+
+    >>> pieces("pets, dsprites(predicted_attribute=label_x_position,num_classes=16)")
+    ['pets', 'dsprites(predicted_attribute=label_x_position,num_classes=16)']
+    """
+    return [piece.strip() for piece in re.findall(r"(?:[^,(]|\([^)]*\))+", names) if piece.strip()]
