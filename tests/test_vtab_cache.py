@@ -78,12 +78,14 @@ def test_images_are_decoded_once_and_come_back_as_they_were(root):
     assert kept()[0].startswith("dtd-train-16-")
 
 
-def test_what_is_kept_is_as_asked(root):
-    for keep, splits in (
-        ("none", set()),
-        ("train", {"train", "val", "trainval"}),
-        ("all", {"train", "val", "trainval", "test"}),
+def test_what_is_kept_is_as_asked(root, monkeypatch):
+    for keep, small, splits in (
+        ("none", 5000, set()),
+        ("train", 2, {"train", "val", "trainval"}),
+        ("train", 3, {"train", "val", "trainval", "test"}),
+        ("all", 2, {"train", "val", "trainval", "test"}),
     ):
+        monkeypatch.setattr(cache, "SMALL", small)
         data, _ = opened(root, keep)
         for split in data.splits.values():
             split.decode(8)
@@ -223,10 +225,24 @@ def test_memory_stays_far_below_the_splits_size(tmp_path):
     assert grown < 100, f"{grown} MiB more for a split of {size} MiB"
 
 
+def command(root):
+    data = ["--task", "dtd", "--data-root", str(root), "--partial"]
+    return [*data, "--model", "test_vit", "--weights", "random", "--img-size", "32", "--epochs", "1", "--rank", "2"]
+
+
+def test_a_damaged_test_image_is_found_before_training(root, tmp_path):
+    damaged = sorted((root / "dtd" / "images" / "test").iterdir())[-1]
+    damaged.write_bytes(damaged.read_bytes()[:-40])
+    with pytest.raises(ValueError, match=f"{damaged.name} does not decode"):
+        train.main([*command(root), "--out", str(tmp_path / "runs"), "--name", "a"])
+    assert not (tmp_path / "runs" / "a").exists(), "an epoch was trained first"
+    train.main([*command(root), "--stage", "tune", "--out", str(tmp_path / "runs"), "--name", "b"])
+
+
 def test_a_run_decodes_its_training_images_once(root, tmp_path, monkeypatch):
     """Through the command: the second run of the same task reads no training file, and gives the same numbers."""
-    tiny = ["--task", "dtd", "--data-root", str(root), "--partial", "--model", "test_vit", "--weights", "random"]
-    tiny += ["--img-size", "32", "--epochs", "1", "--rank", "2", "--out", str(tmp_path / "runs")]
+    tiny = [*command(root), "--out", str(tmp_path / "runs")]
+    monkeypatch.setattr(cache, "SMALL", 2)
     first = train.main([*tiny, "--name", "a"])
     reads = []
     original = Split._pixels
@@ -235,7 +251,7 @@ def test_a_run_decodes_its_training_images_once(root, tmp_path, monkeypatch):
     )
     second = train.main([*tiny, "--name", "b"])
     assert not [name for name in reads if "train" in name]
-    assert [name for name in reads if "test" in name]  # the test split is decoded again: it is not kept by default
+    assert [name for name in reads if "test" in name]  # the test split is decoded again: it is not kept, being large
     rows = [json.loads((tmp_path / "runs" / name / "metrics.jsonl").read_text()) for name in "ab"]
     assert rows[0]["loss"] == rows[1]["loss"]
     assert first["accuracy"] == second["accuracy"]

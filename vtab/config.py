@@ -28,8 +28,8 @@ class Config:
     data_root: folder of images: the VTAB-1k layout (lists in it, or in a subfolder named like the task) or class
         folders
     partial: accept VTAB-1k lists of other lengths than 800, 200 and the full test split
-    cache: which decoded images are kept in the cache folder: train (training and validation), all (the test split too:
-        up to 10 GiB a task at 224 pixels), none
+    cache: which decoded images are kept in the cache folder: train (training and validation, a test split of up to
+        5,000), all (any test split: up to 10 GiB a task at 224 pixels), none
     split_file: where the split of class folders is written (default: capavision_split.json in the folder)
     model: demo (a ViT-S/14 from a Python package) or any timm name, with its tag: vit_base_patch16_224.orig_in21k
     weights: pretrained, random, or a .safetensors file

@@ -67,6 +67,8 @@ def train(config: Config, folder: Path, tuning: dict[str, Any] | None = None) ->
     print(f"{setup.report}\n{setup.data.source}; {config.stage} run on {setup.device}")
     if label := protocol.label(config):
         print(label)
+    if config.stage == "final":
+        setup.data.splits["test"].stored(setup.preprocessing.size)  # a damaged image is found now, not after training
     history = learn(setup, folder, protocol.watcher(setup, folder))
     if config.protocol == "paper":
         cv.load(folder / "adapter.safetensors", setup.model)  # that of the best look
