@@ -301,17 +301,17 @@ def test_a_full_disk_stops_the_sweep_in_one_line_and_nothing_is_lost(moment, tmp
 
 def test_a_child_stops_when_the_other_end_of_its_leash_is_gone(tmp_path):
     """Closing the pipe is what a killed starter looks like to the child; one that does not listen is ended."""
-    code = "import sys, threading, time; from vtab import leash; leash.PATIENCE = 1\n"
+    code = "import sys, threading, time; from vtab import leash; leash.PATIENCE = {}\n"
     code += "try:\n    threading.Thread(target=leash._watch, daemon=True).start()\n    time.sleep(60)\n"
     code += "except KeyboardInterrupt:\n    {}"
-    for then, status in (("sys.exit(7)", 7), ("time.sleep(60)", leash.STOPPED)):
+    for patience, then, status in ((60, "sys.exit(7)", 7), (1, "time.sleep(60)", leash.STOPPED)):
         child = subprocess.Popen(
-            [sys.executable, "-c", code.format(then)],
+            [sys.executable, "-c", code.format(patience, then)],
             stdin=subprocess.PIPE,
             env={**os.environ, "PYTHONPATH": str(ROOT)},
         )
         child.stdin.close()
-        assert child.wait(20) == status
+        assert child.wait(60) == status
 
 
 def test_a_child_waits_for_the_lock_of_the_one_before_it(tmp_path):
