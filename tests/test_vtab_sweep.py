@@ -301,8 +301,9 @@ def test_a_full_disk_stops_the_sweep_in_one_line_and_nothing_is_lost(moment, tmp
 
 def test_a_child_stops_when_the_other_end_of_its_leash_is_gone(tmp_path):
     """Closing the pipe is what a killed starter looks like to the child; one that does not listen is ended."""
-    code = "import sys, threading, time; from vtab import leash; leash.PATIENCE = {}\n"
-    code += "try:\n    threading.Thread(target=leash._watch, daemon=True).start()\n    time.sleep(60)\n"
+    code = "import signal, sys, time; from vtab import leash; leash.PATIENCE = {}\n"
+    code += "signal.signal(signal.SIGINT, signal.SIG_IGN)\n"  # as a script's & leaves it
+    code += "try:\n    leash.obey()\n    time.sleep(60)\n"
     code += "except KeyboardInterrupt:\n    {}"
     for patience, then, status in ((60, "sys.exit(7)", 7), (1, "time.sleep(60)", leash.STOPPED)):
         child = subprocess.Popen(

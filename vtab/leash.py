@@ -107,8 +107,7 @@ def tail(log: Path, lines: int = SHOWN) -> list[str]:
 def main(argv: Sequence[str]) -> None:
     """The child's end: vtab.train, stopped when standard input closes."""
     try:
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where a script started the sweep with &
-        threading.Thread(target=_watch, daemon=True).start()
+        obey()
         from vtab import cli, train
         from vtab.config import parse
 
@@ -119,6 +118,12 @@ def main(argv: Sequence[str]) -> None:
         cli.run(wait_and_train)
     except KeyboardInterrupt:  # stopped before it began
         sys.exit(STOPPED)
+
+
+def obey() -> None:
+    """From now on KeyboardInterrupt reaches this process when standard input closes."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where a script started the sweep with &
+    threading.Thread(target=_watch, daemon=True).start()
 
 
 def _watch() -> None:
