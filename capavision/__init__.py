@@ -9,6 +9,7 @@
 
 from capavision.base import Base
 from capavision.delta import AttentionDelta, Delta, Factors, Method, OutputDelta, Site, WeightDelta
+from capavision.ending import fold, remove
 from capavision.inject import Report, inject, parameter_groups, parameters
 from capavision.interop import from_peft, to_peft
 from capavision.methods.adapter import Adapter
@@ -22,7 +23,7 @@ from capavision.methods.lora import LoRA
 from capavision.methods.prefix import Prefix
 from capavision.methods.toeplitz import Toeplitz
 from capavision.publish import model_card, push_to_hub
-from capavision.state import describe, fold, load, remove, save
+from capavision.state import describe, load, save
 from capavision.tying import Tying, tie
 from capavision.version import __version__ as __version__
 

@@ -22,7 +22,7 @@ from torch.func import functional_call
 from capavision import host as hosting
 from capavision.attention import weight_of
 from capavision.channels import Example, example_input, run_once
-from capavision.state import remove
+from capavision.ending import remove
 
 RANK = 2  # weight-standardised layers of rank 1 do not even run
 TOLERANCE = 1e-3  # of the effect of ΔW; rounding is 1e-5 at worst, a standardised weight is off by 0.9

@@ -58,7 +58,7 @@ def test_with_a_shared_disk_nothing_is_sent(tmp_path, stand_in):
     assert (tmp_path / "mine" / "result.json").is_file()
 
 
-@pytest.mark.parametrize("name", ["../stolen", "/tmp/stolen", "sub/../../stolen"])
+@pytest.mark.parametrize("name", ["../stolen", "/stolen", "sub/../../stolen"])
 def test_a_name_that_leads_out_of_the_run_folder_is_refused(name, tmp_path):
     with pytest.raises(ValueError, match="leads out of"):
         on_ray.unpack({"a": b"", name: b"x"}, tmp_path / "run")

@@ -140,7 +140,7 @@ def test_a_folder_that_lists_a_file_outside_is_refused(copy, tmp_path, capsys):
 
 @pytest.mark.parametrize(
     "name",
-    ["../evil.jpg", "vtab-1k/dtd/images/../../../../evil.jpg", "/tmp/evil.jpg", "C:/evil.jpg", "vtab-1k\\..\\evil.jpg"],
+    ["../evil.jpg", "vtab-1k/dtd/images/../../../../evil.jpg", "/evil.jpg", "C:/evil.jpg", "vtab-1k\\..\\evil.jpg"],
 )
 def test_a_zip_with_a_path_that_leads_out_is_refused_whole(copy, tmp_path, name, capsys):
     path = pack(copy, tmp_path / "a.zip", **{name: b"evil"})
