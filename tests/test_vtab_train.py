@@ -371,3 +371,30 @@ def test_a_named_vtab_task_never_falls_back_to_class_folders(tmp_path, capsys):
     said = refused(capsys, ["--task", "dtd", *TINY, "--data-root", str(tmp_path), "--out", str(tmp_path / "runs")])
     assert "holds no dtd/train800.txt" in said
     assert not list(tmp_path.glob("*.json"))
+
+
+def test_compile_takes_whole_batches_through_the_compiler_and_changes_no_number(tmp_path, monkeypatch):
+    seen = []
+
+    def compiler(function, *, dynamic):
+        assert not dynamic
+        return lambda x: seen.append(len(x)) or function(x)
+
+    plain = run(tmp_path, "--name", "plain", "--batch-size", "300")
+    monkeypatch.setattr(torch, "compile", compiler)
+    compiled = run(tmp_path, "--name", "compiled", "--batch-size", "300", "--compile")
+    assert seen == [300] * 3 * 2  # of four batches an epoch the last has 100 images
+    assert compiled["accuracy"] == plain["accuracy"]
+    losses = [(tmp_path / name / "metrics.jsonl").read_text().split('"lr"')[0] for name in ("plain", "compiled")]
+    assert losses[0] == losses[1]
+
+
+def test_a_compiler_that_fails_is_named_and_leaves_nothing(tmp_path, monkeypatch):
+    def fails(graph, inputs):
+        raise RuntimeError("no C++ compiler here")
+
+    original = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function, dynamic: original(function, backend=fails))
+    with pytest.raises(ValueError, match="--compile: .* test_vit here, RuntimeError: no C.. compiler here; leave it"):
+        run(tmp_path, "--compile")
+    assert not any(tmp_path.iterdir())

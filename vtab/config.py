@@ -61,6 +61,8 @@ class Config:
     lr_min: learning rate at the end of the cosine
     drop_path: stochastic depth rate of the backbone
     clip: largest norm of the gradient; 0 does not clip
+    compile: compile the backbone with torch.compile: a slow first step (a minute on 2 CPU cores; seconds once its cache
+        on disk has the model), faster ones after it
     seed: of initial values, masks, data order and drop-path
     device: cuda, mps or cpu (default: the best this machine has)
     out: folder of run folders
@@ -101,6 +103,7 @@ class Config:
     lr_min: float = 0.0
     drop_path: float = 0.1
     clip: float = 1.0
+    compile: bool = False
     seed: int = 0
     device: str | None = None
     out: Path = Path("runs")

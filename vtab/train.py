@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 import capavision as cv
 from vtab import checkpoint, cli, protocol, record, seeds, tune
+from vtab.compiled import forward_of
 from vtab.config import Config
 from vtab.evaluate import autocast
 from vtab.schedule import Schedule, make_optimizer
@@ -135,11 +136,12 @@ def fit(
         history = checkpoint.read(saved, model, optimizer)["history"]
         record.write_metrics(folder, history)
         print(f"resuming after epoch {len(history)} of {config.epochs}")
+    forward = forward_of(model, config)
     last, seen = until or config.epochs, min(len(images), config.steps(len(images)) * config.batch_size)
     done, total = len(history) * seen, last * seen
     with tqdm(total=total, initial=done, unit="img", desc="train", mininterval=0.5) as bar:
         for epoch in range(len(history), last):
-            row = run_epoch(model, images, labels, normalize, optimizer, schedule, config, epoch, bar, clock)
+            row = run_epoch(model, forward, images, labels, normalize, optimizer, schedule, config, epoch, bar, clock)
             if row["step"] is not None:
                 raise checkpoint.DivergedError(
                     f"loss or weights are not finite at step {row['step']} of epoch {epoch + 1}; {folder} keeps epoch "
@@ -154,6 +156,7 @@ def fit(
 
 def run_epoch(
     model: nn.Module,
+    forward: Callable[[Tensor], Tensor],
     images: Tensor,
     labels: Tensor,
     normalize: Callable[[Tensor], Tensor],
@@ -178,7 +181,7 @@ def run_epoch(
         with clock("data"):
             x, y = normalize(images[chosen]), labels[chosen]
         with clock("forward"), autocast(images.device):
-            logits = model(x)
+            logits = forward(x)
             loss = F.cross_entropy(logits, y)
         with clock("backward"):
             optimizer.zero_grad(set_to_none=True)
