@@ -12,7 +12,7 @@ from vtab import labels, recipes
 from vtab.config import Config, parse
 from vtab.recipes import RECIPES
 from vtab.schedule import Schedule, make_optimizer
-from vtab.tasks import TASKS
+from vtab.tasks import TASKS, find
 
 # Spot checks, copied from the authors' configuration files one by one
 SPOTS = [
@@ -96,8 +96,10 @@ def test_a_recipe_names_its_method():
     assert config("--recipe", "common", "--method", "bitfit").method == cv.Method.known["bitfit"]()
 
 
-def test_an_alias_of_a_task_has_its_row():
-    assert parse(["--task", "pets", "--recipe", "fact-tk"]).method.rank == 16
+@pytest.mark.parametrize("name", ["oxford_iiit_pet", "pets", "Pets", "clevr(task='count_all')", "vtab-svhn"])
+def test_a_task_has_its_row_under_every_name_that_opens_it(name):
+    made, by_id = (parse(["--task", task, "--recipe", "fact-tk"]) for task in (name, find(name).id))
+    assert made.method == by_id.method != cv.LoRA(rank=32)
 
 
 def test_a_task_outside_the_table_keeps_the_default_and_says_so():

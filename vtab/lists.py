@@ -157,7 +157,7 @@ def _classes(rows: Rows, task: Task | None) -> int:
 def _lengths(task: Task | None, split: str) -> tuple[int, ...]:
     if split in LENGTHS:
         return (LENGTHS[split],)
-    return (task.test_images, *task.other_test_images) if task else ()
+    return task.test_lengths if task else ()
 
 
 def write_lists(data: Data, folder: Path, test_limit: int | None = None) -> None:

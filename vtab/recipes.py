@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from capavision.targets import near
-from vtab.tasks import NAMES, TASKS
+from vtab import tasks
+from vtab.tasks import VTAB
 
 DROPOUT = "module dropout of 0.1: no method here has dropout"
 
@@ -61,8 +62,8 @@ class Recipe:
 
 def _row(task: str) -> int | None:
     """The task's place in VTAB's order; None for a task of one's own."""
-    order = [name for name, row in TASKS.items() if row.group != "extra"]
-    return order.index(NAMES[task].id) if task in NAMES and NAMES[task].id in order else None
+    row = tasks.get(task)
+    return VTAB.index(row) if row in VTAB else None
 
 
 COMMON: dict[str, Any] = {
@@ -310,12 +311,12 @@ def scales() -> str:
     """The factors on the delta that authors chose by task, as Markdown."""
     columns = [recipe for recipe in RECIPES.values() if recipe.scale_by_task or recipe.rank_by_task]
     rows = [f"| task | {' | '.join(recipe.name for recipe in columns)} |", "|---" * (len(columns) + 1) + "|"]
-    for i, task in enumerate(name for name, row in TASKS.items() if row.group != "extra"):
+    for i, task in enumerate(VTAB):
         cells = []
         for recipe in columns:
             rank = [f"rank {recipe.rank_by_task[i]}"] if recipe.rank_by_task else []
             cells.append(", ".join(rank + ([f"{recipe.scale_by_task[i]:g}"] if recipe.scale_by_task else [])))
-        rows.append(f"| {task} | {' | '.join(cells)} |")
+        rows.append(f"| {task.id} | {' | '.join(cells)} |")
     return "\n".join(rows)
 
 
