@@ -318,7 +318,9 @@ def broken_result(change):
 DAMAGE = {
     "cut": (lambda f: (f / "result.json").write_text('{"task": "cif'), "result.json is damaged"),
     "empty": (lambda f: (f / "result.json").write_bytes(b""), "result.json is damaged"),
-    "binary": (lambda f: (f / "result.json").write_bytes(b"\xff\xfe\x00"), "result.json is damaged"),
+    "binary": (lambda f: (f / "result.json").write_bytes(b"\xff\xfe\x00"), "result.json is no text file"),
+    "nested": (lambda f: (f / "result.json").write_text("[" * 200_000), "result.json is damaged"),
+    "endless": (lambda f: (f / "result.json").write_text(" " * (64 << 20) + "{}"), "which makes no sense"),
     "a list": (lambda f: (f / "result.json").write_text("[1]"), "no record of a run"),
     "a folder": (lambda f: ((f / "result.json").unlink(), (f / "result.json").mkdir()), "unfinished, 3 epochs done"),
     "no accuracy": (broken_result(lambda r: r.pop("accuracy")), "no valid 'accuracy': None"),

@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 import capavision as cv
-from vtab import cli, setup, train
+from vtab import cli, record, setup, train
 from vtab.config import Config, parse
 from vtab.data import Data, Split
 from vtab.evaluate import accuracy
@@ -371,3 +372,51 @@ def test_a_named_vtab_task_never_falls_back_to_class_folders(tmp_path, capsys):
     said = refused(capsys, ["--task", "dtd", *TINY, "--data-root", str(tmp_path), "--out", str(tmp_path / "runs")])
     assert "holds no dtd/train800.txt" in said
     assert not list(tmp_path.glob("*.json"))
+
+
+def test_a_second_process_takes_nothing_from_a_run_in_its_first_epoch(tmp_path, monkeypatch, capsys):
+    argv = ["--task", "digits", *TINY, "--out", str(tmp_path), "--name", "a"]
+    run_epoch, seen = train.run_epoch, []
+
+    def visited(*args, **kwargs):
+        if not seen:
+            seen.append(refused(capsys, argv))
+            assert {path.name for path in (tmp_path / "a").iterdir()} == {"config.json", ".lock"}
+        return run_epoch(*args, **kwargs)
+
+    monkeypatch.setattr(train, "run_epoch", visited)
+    train.main(argv)
+    assert "another process trains in" in seen[0]
+    assert {path.name for path in (tmp_path / "a").iterdir()} == FILES
+
+
+@pytest.mark.parametrize("damage", ["[" * 200_000, '{"task": "dig', "\udcff", " " * (64 << 20) + "{}"])
+@pytest.mark.parametrize("name", ["config.json", "result.json"])
+def test_a_damaged_file_of_a_run_is_named_in_a_line(name, damage, finished, tmp_path, capsys):
+    folder = tmp_path / "a"
+    shutil.copytree(finished[0], folder)
+    (folder / name).write_bytes(damage.encode(errors="surrogateescape"))
+    said = refused(capsys, ["--task", "digits", *TINY, "--out", str(tmp_path), "--name", "a", "--branches", "2"])
+    assert said.startswith(f"error: {folder / name} ")
+
+
+def test_a_machine_without_git_loses_no_result(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    assert record.environment(torch.device("cpu"))["commit"] is None
+
+
+def test_the_commit_is_that_of_capavision_and_of_no_project_around_it(tmp_path):
+    def git(*argv):
+        subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@b", *argv], cwd=tmp_path, check=True)
+
+    installed = tmp_path / ".venv" / "capavision.py"
+    installed.parent.mkdir()
+    installed.write_text("")
+    git("init", "-q")
+    git("commit", "-q", "--allow-empty", "-m", "theirs")
+    assert record.commit(installed) is None
+    git("add", "-f", ".venv")
+    git("commit", "-q", "-m", "ours")
+    assert len(record.commit(installed)) == 40
+    installed.write_text("changed")
+    assert record.commit(installed).endswith("-dirty")

@@ -10,9 +10,9 @@ from pathlib import Path
 
 from vtab import cli, latex, page, tables, terminal
 from vtab.published import Published, choose
-from vtab.record import write
 from vtab.rows import Row, arrange
 from vtab.runs import Problem, read_all
+from vtab.textfile import write
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,9 @@ import numpy as np
 import capavision as cv
 from vtab.config import Config
 from vtab.evaluate import Accuracy
+from vtab.lists import LENGTHS
 from vtab.tasks import TASKS
+from vtab.textfile import read, read_json
 
 ELSEWHERE = {"task", "method", "seed", "out", "name", "device", "data_root", "split_file"}  # no setting of the training
 
@@ -91,10 +93,8 @@ class Run:
         sizes, task = self.result["data"].get("splits") or {}, TASKS.get(self.task)
         if not sizes or task is None or task.group == "extra":
             return bool(self.config.get("partial"))
-        full = {"train": (800,), "val": (200,), "trainval": (1000,)}
-        # TFDS has one image less of Caltech101 than the archive that circulates.
-        full["test"] = (6084, 6085) if self.task == "caltech101" else (task.test_images,)
-        return any(name in sizes and sizes[name] not in known for name, known in full.items())
+        full = {split: (length,) for split, length in LENGTHS.items()} | {"test": task.test_lengths}
+        return any(sizes.get(split, lengths[0]) not in lengths for split, lengths in full.items())
 
     @property
     def base(self) -> dict[str, Any]:
@@ -179,7 +179,7 @@ def _folders(roots: Iterable[Path]) -> list[Path]:
 def _ours(path: Path) -> bool:
     """Is this config.json a run's? One that cannot be read counts if metrics or a checkpoint lie beside it."""
     try:
-        config = json.loads(path.read_bytes())
+        config = read_json(path)
     except ValueError:
         return any((path.parent / name).exists() for name in ("metrics.jsonl", "checkpoint.safetensors", ".lock"))
     return isinstance(config, dict) and isinstance(config.get("method"), dict) and "task" in config
@@ -189,10 +189,7 @@ def _read(folder: Path) -> tuple[Run, list[Problem]]:
     if not (folder / "result.json").is_file():
         done = _lines(folder / "metrics.jsonl")
         raise ValueError(f"unfinished, {done} epochs done; the command that began it goes on")
-    try:
-        result = json.loads((folder / "result.json").read_bytes())
-    except ValueError as error:
-        raise ValueError(f"result.json is damaged ({error})") from error
+    result = read_json(folder / "result.json")
     _check(result)
     remarks = []
     history, labels, predicted = [], None, None
@@ -240,13 +237,13 @@ def _count(value: Any) -> bool:
 
 
 def _lines(path: Path) -> int:
-    return len(path.read_bytes().splitlines()) if path.is_file() else 0
+    return len(read(path).splitlines()) if path.is_file() else 0
 
 
 def _history(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    rows = [json.loads(line) for line in read(path).splitlines() if line.strip()]
     for row in rows:
         if not isinstance(row, dict) or not all(isinstance(row.get(k), int | float) for k in ("epoch", "accuracy")):
             raise ValueError(f"no epoch and accuracy in {json.dumps(row)[:60]}")

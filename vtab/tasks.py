@@ -89,7 +89,9 @@ _ROWS = (
 )  # fmt: skip
 TASKS = {task.id: task for task in _ROWS}
 VTAB = tuple(task for task in _ROWS if task.group != "extra")
-GROUPS = {group: [task.id for task in VTAB if task.group == group] for group in ("natural", "specialized", "structured")}
+GROUPS = {
+    group: [task.id for task in VTAB if task.group == group] for group in ("natural", "specialized", "structured")
+}
 
 
 def _plain(name: str) -> str:

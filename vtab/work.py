@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from vtab.leash import PAUSE, Task, tail
-from vtab.record import write
+from vtab.textfile import read_json, write
 
 TRIES = 2
 LEAST_FREE_MB = 64
@@ -75,7 +75,7 @@ class Run:
     def result(self) -> dict[str, Any] | None:
         """result.json; None where there is none, or none that can be read."""
         with contextlib.suppress(OSError, ValueError):
-            found = json.loads((self.folder / "result.json").read_text())
+            found = read_json(self.folder / "result.json")
             return found if isinstance(found, dict) else None
         return None
 
