@@ -16,9 +16,9 @@ import pytest
 
 from vtab import charts, cli, report, tables, terminal
 from vtab.evaluate import Accuracy
+from vtab.gather import read_all
 from vtab.published import choose, published
 from vtab.rows import VTAB, arrange, averages
-from vtab.runs import read_all
 from vtab.tasks import TASKS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -273,6 +273,24 @@ def test_seeds_of_one_setting_are_one_row_also_across_records_of_another_age(tmp
     assert (row.label, row.seeds()) == ("lora r8", (2, 2))
 
 
+def test_seeds_that_were_tuned_apart_are_one_row_whatever_each_chose(tmp_path):
+    method = {"name": "lora", "rank": 8, "branches": 1, "density": 1.0, "masks": "random"}
+
+    def tuned(seed, task, lr, alpha, tried=(1e-3, 3e-3)):
+        trials = [{"settings": {"lr": lr, "alpha": alpha}} for lr in tried for alpha in (0.8, 8.0)]
+        config = {"tune": True, "lr": lr, "method": method | {"alpha": alpha}}
+        tuning = {"trials": trials, "chosen": {"lr": lr, "alpha": alpha}}
+        fake(tmp_path, task, 600 + seed, seed, config=config, tuning=tuning)
+
+    for seed, lr, alpha in ((0, 1e-3, 8.0), (1, 3e-3, 0.8)):
+        tuned(seed, "cifar", lr, alpha)
+    tuned(0, "dtd", 3e-3, 8.0)
+    (row,) = rows_of(tmp_path)[0]
+    assert (row.label, len(row.cells["cifar"].runs), len(row.cells["dtd"].runs)) == ("lora r8", 2, 1)
+    tuned(0, "cifar", 1e-3, 8.0, tried=(1e-4, 1e-3))  # another grid is another setting
+    assert len(rows_of(tmp_path)[0]) == 2
+
+
 def test_random_bases_are_one_row_although_each_seed_draws_its_own(tmp_path):
     for seed in (0, 1):
         base = BASE | {"weights": "random", "digest": f"{seed}" * 64}
@@ -329,7 +347,14 @@ DAMAGE = {
     "too good": (broken_result(lambda r: r.update(accuracy=101.0)), "accuracy of 101.0 %"),
     "no whole number": (broken_result(lambda r: r.update(accuracy=50.05)), "no whole number of images"),
     "no images": (broken_result(lambda r: r.update(images=0)), "over 0 images"),
-    "no method": (broken_result(lambda r: r["config"].pop("method")), "names no method"),
+    "no method": (broken_result(lambda r: r["config"].pop("method")), "no valid 'config.method': None"),
+    "endless number": (broken_result(lambda r: r.update(images=10**40)), "a number of 41 digits"),
+    "full split": (broken_result(lambda r: r.update(images_in_full_split=[1])), "no valid 'images_in_full_split': [1]"),
+    "source": (broken_result(lambda r: r["data"].update(source=7)), "no valid 'data.source': 7"),
+    "splits": (broken_result(lambda r: r["data"].update(splits=["train"])), "no valid 'data.splits'"),
+    "differs": (broken_result(lambda r: r.update(recipe_differs=1)), "no valid 'recipe_differs': 1"),
+    "chosen": (broken_result(lambda r: r.update(tuning={"chosen": "x"})), "no valid 'tuning.chosen': 'x'"),
+    "trials": (broken_result(lambda r: r.update(tuning={"trials": [{}]})), "trials of --tune without settings"),
     "unfinished": (lambda f: (f / "result.json").unlink(), "unfinished, 3 epochs done"),
 }
 

@@ -35,9 +35,15 @@ def read_json(path: Path) -> Any:
     """
     text = read(path)
     try:
-        return json.loads(text)
+        return json.loads(text, parse_int=_int)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is damaged ({error}); restore it, or delete it") from error
+
+
+def _int(digits: str) -> int:
+    if len(digits) > 18:  # more would end in OverflowError wherever it meets a float
+        raise ValueError(f"a number of {len(digits)} digits")
+    return int(digits)
 
 
 def write(path: Path, text: str) -> None:
