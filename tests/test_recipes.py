@@ -90,6 +90,11 @@ def test_explicit_flags_win_and_a_scale_follows_the_rank():
     assert parse(["--task", "svhn", "--recipe", "fact-tk", "--alpha", "7"]).method.alpha == 7
 
 
+def test_a_switch_of_a_recipe_can_be_turned_off():
+    assert config("--recipe", "common").drop_last
+    assert not config("--recipe", "common", "--no-drop-last").drop_last
+
+
 def test_a_recipe_names_its_method():
     assert config("--recipe", "adapter-plus").method == cv.Adapter(rank=8, activation="gelu")
     assert config("--recipe", "vpt-linear").method == cv.LinearProbe()
@@ -189,6 +194,7 @@ LABELS = [
     (["--recipe", "bi-lora"], "lora r32"),
     (["--recipe", "bi-lora", "--alpha", "3"], "lora r32 alpha=3"),
     (["--recipe", "adapter-plus-ranks"], "adapter activation=gelu"),
+    (["--recipe", "adapter-plus-ranks", "--rank", "5"], "adapter r5 activation=gelu"),
 ]
 
 

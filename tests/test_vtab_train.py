@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import capavision as cv
-from vtab import cli, record, setup, train
+from vtab import cli, limits, record, setup, train
 from vtab.config import Config, parse
 from vtab.data import Data, Split
 from vtab.evaluate import accuracy
@@ -310,6 +310,22 @@ def test_every_field_is_explained_so_that_it_is_a_flag(config):
 
     explained = cli.field_docs(config)
     assert {f.name for f in fields(config)} - {"method"} == explained.keys() - {"method"}
+
+
+def test_the_help_names_the_choices_of_each_flag_and_its_default(capsys):
+    with pytest.raises(SystemExit):
+        parse(["--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    for flag in ("--stage {final,tune}", "--norm {model,imagenet,inception,none}", "--cache {none,train,all}",
+                 "--protocol {honest,paper}", "--optimizer {adamw,sgd}", "--schedule {step,epoch}"):  # fmt: skip
+        assert flag in said
+    assert "--seed INT of initial values, masks, data order and drop-path (default: 0)" in said
+
+
+@pytest.mark.parametrize("field", limits.CHOICES)
+def test_each_choice_of_the_help_is_one_that_a_run_takes(field):
+    made = {parse(["--task", "digits", f"--{field}", choice]) for choice in limits.CHOICES[field]}
+    assert {getattr(config, field) for config in made} == set(limits.CHOICES[field])
 
 
 def test_the_interval_is_wilsons():
