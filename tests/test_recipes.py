@@ -107,6 +107,11 @@ def test_a_task_has_its_row_under_every_name_that_opens_it(name):
     assert made.method == by_id.method != cv.LoRA(rank=32)
 
 
+def test_vpt_warms_up_as_each_of_its_configurations_says():
+    made = {name: config("--recipe", f"vpt-{name}") for name in ("linear", "full", "bitfit")}
+    assert {name: run.warmup * run.epochs for name, run in made.items()} == {"linear": 10, "full": 5, "bitfit": 5}
+
+
 def test_a_task_outside_the_table_keeps_the_default_and_says_so():
     recipe = RECIPES["convpass"]
     assert parse(["--task", "digits", "--recipe", "convpass"]).method.scale == 1.0
