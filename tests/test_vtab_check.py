@@ -96,6 +96,14 @@ DAMAGES = {
         lambda r: (r / "dtd/images/test/000002.jpg").unlink(),
         r"test.txt:3: the image images/test/000002.jpg is missing in .*; restore it, or fetch",
     ),
+    "a test image is trained on": (
+        lambda r: _lines(r, "test.txt", lambda rows: [*rows, "images/./train800/000001.jpg 0"]),
+        r"test.txt: images/./train800/000001.jpg and 0 more of its images are trained on too; restore",
+    ),
+    "a validation image is trained on": (
+        lambda r: _lines(r, "val200.txt", lambda rows: [rows[0], "images/train800/000001.jpg 0"]),
+        r"val200.txt: images/train800/000001.jpg and 0 more of its images are trained on too; restore",
+    ),
     "a name leads out": (
         lambda r: _lines(r, "test.txt", lambda rows: ["../../secret.jpg 0", *rows]),
         r"test.txt:1: '../../secret.jpg' leads out of",

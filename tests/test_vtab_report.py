@@ -15,10 +15,11 @@ import numpy as np
 import pytest
 
 from vtab import charts, cli, report, tables, terminal
+from vtab.averages import VTAB, averages
 from vtab.evaluate import Accuracy
 from vtab.gather import read_all
 from vtab.published import choose, published
-from vtab.rows import VTAB, arrange, averages
+from vtab.rows import arrange
 from vtab.tasks import TASKS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -406,6 +407,11 @@ def test_a_run_with_a_damaged_extra_counts_without_it(case, tmp_path):
     rows, problems = rows_of(tmp_path)
     assert rows[0].cells["cifar"].mean == 60
     assert said in problems[0].text
+
+
+def test_predictions_of_a_paper_run_must_be_those_of_its_figure_too(tmp_path):
+    other_predictions(fake(tmp_path, "cifar", 600, protocol="paper"))
+    assert "it holds 100.0 %" in rows_of(tmp_path)[1][0].text
 
 
 class Trap:

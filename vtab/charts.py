@@ -13,8 +13,9 @@ from typing import Any
 import matplotlib as mpl
 import numpy as np
 
+from vtab.averages import VTAB
 from vtab.published import Published
-from vtab.rows import VTAB, Cell, Row
+from vtab.rows import Cell, Row
 from vtab.runs import Run
 from vtab.tables import GENERATED, paper_name
 from vtab.tasks import TASKS

@@ -110,6 +110,11 @@ class Config:
         limits.check(self)
 
     @property
+    def patterns(self) -> list[str] | None:
+        """The targets one by one; None leaves the choice to the method."""
+        return [name.strip() for name in self.targets.split(",")] if self.targets else None
+
+    @property
     def between_looks(self) -> int:
         """Epochs from one look at the test split to the next, under the paper protocol."""
         return self.test_every or TEST_EVERY

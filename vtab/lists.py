@@ -7,6 +7,7 @@
 """
 
 import json
+import posixpath
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -106,6 +107,9 @@ def faults(folder: Path, rows: Rows, task: Task | None, partial: bool = False) -
                     yield f"{where} the image {name} is missing in {folder}; restore it, or fetch the task anew"
             except ValueError as error:
                 yield f"{where} {error}"
+        leaks = _leaks(rows, split)
+        if leaks:
+            yield f"{path}: {leaks[0]} and {len(leaks) - 1} more of its images are trained on too; restore the lists"
         expected = _lengths(task, split)
         if not partial and expected and len(lines) not in expected:
             wanted = " or ".join(map(str, expected))
@@ -119,6 +123,13 @@ def faults(folder: Path, rows: Rows, task: Task | None, partial: bool = False) -
             f"{folder / LISTS['trainval']} does not hold the labels of train800.txt and val200.txt together (class "
             f"{differ[0]}: {together[differ[0]]} instead of {both[differ[0]]}); restore the three lists"
         )
+
+
+def _leaks(rows: Rows, split: str) -> list[str]:
+    """Images of a list that judges which a list that is trained on names too."""
+    trained = {"val": ("train",), "test": ("train", "val", "trainval")}.get(split, ())
+    seen = {posixpath.normpath(name) for other in trained for name, _ in rows.get(other, [])}
+    return [name for name, _ in rows[split] if posixpath.normpath(name) in seen]
 
 
 def origin(folder: Path) -> dict[str, Any]:

@@ -7,9 +7,11 @@ from importlib import resources
 from typing import Any
 
 from vtab import charts, tables
+from vtab.averages import AVERAGES, VTAB
 from vtab.published import Published, published
-from vtab.rows import AVERAGES, GROUPS, VTAB, Row
+from vtab.rows import Row
 from vtab.runs import Problem, Run
+from vtab.tasks import GROUPS
 
 PNG = b"\x89PNG\r\n\x1a\n"
 

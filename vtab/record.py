@@ -23,7 +23,6 @@ import capavision as cv
 from capavision.files import replacing
 from vtab import labels, plots, protocol, recipes
 from vtab.config import Config, young_fields
-from vtab.data import Split
 from vtab.evaluate import accuracy, predict
 from vtab.setup import Setup
 from vtab.textfile import read_json, write
@@ -104,24 +103,23 @@ def conclude(
 ) -> dict[str, Any]:
     """The look at the split that judges the run, and the files that say what came out."""
     config, data = setup.config, setup.data
-    judged = "val" if config.stage == "tune" else "test"
-    split = data.splits[judged].head(config.test_limit if judged == "test" else None)
+    split = setup.judged
     start = time.perf_counter()
     probabilities = predict(setup.model, split, setup.preprocessing)
     seconds = time.perf_counter() - start
     score = accuracy(probabilities, split.labels)
     write_predictions(folder / "predictions.npz", split.labels, probabilities)
-    pictures(setup, folder, history, split, probabilities)
+    pictures(setup, folder, history, probabilities)
     result = {
         "task": data.task,
-        "split": judged,
+        "split": setup.judge,
         "stage": config.stage,
         "protocol": config.protocol,
         "protocol_label": protocol.label(config) or None,
         "accuracy": score.percent,
         "interval95": score.interval,
         "images": score.total,
-        "images_in_full_split": len(data.splits[judged]),
+        "images_in_full_split": len(data.splits[setup.judge]),
         "method": labels.method(config),
         "recipe": config.recipe,
         "recipe_differs": recipes.find(config.recipe).unlike(data.task) if config.recipe else [],
@@ -143,17 +141,15 @@ def conclude(
     }
     write(folder / "result.json", json.dumps(result, indent=1))
     (folder / "checkpoint.safetensors").unlink(missing_ok=True)
-    said = f"{data.task} ({data.source}): {judged} top-1 {score}, {setup.report.trained:,} trained values"
+    said = f"{data.task} ({data.source}): {setup.judge} top-1 {score}, {setup.report.trained:,} trained values"
     print("\n".join(filter(None, (said, protocol.label(config), str(folder)))))
     return result
 
 
-def pictures(
-    setup: Setup, folder: Path, history: list[dict[str, Any]], split: Split, probabilities: np.ndarray
-) -> None:
+def pictures(setup: Setup, folder: Path, history: list[dict[str, Any]], probabilities: np.ndarray) -> None:
     """curve.png and predictions.png."""
-    config, data, percent = setup.config, setup.data, accuracy(probabilities, split.labels).percent
-    judged, label = "val" if config.stage == "tune" else "test", protocol.label(config)
+    config, data, judged, split = setup.config, setup.data, setup.judge, setup.judged
+    percent, label = accuracy(probabilities, split.labels).percent, protocol.label(config)
     title = f"{data.task} ({data.source}), {config.model}, {labels.method(config)}" + (f"\n{label}" if label else "")
     what = f"{judged}, best of {config.looks} looks" if label else f"{judged}, looked at once"
     plots.curve(folder / "curve.png", history, (what, protocol.judged(history), percent), title)

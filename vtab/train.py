@@ -61,7 +61,7 @@ def train(config: Config, folder: Path, tuning: dict[str, Any] | None = None) ->
     if label := protocol.label(config):
         print(label)
     if config.stage == "final":
-        setup.data.splits["test"].stored(setup.preprocessing.size)  # a damaged image is found now, not after training
+        setup.judged.stored(setup.preprocessing.size)  # a damaged image is found now, not after training
     history = learn(setup, folder, protocol.watcher(setup, folder))
     if config.protocol == "paper":
         cv.load(folder / "adapter.safetensors", setup.model)  # that of the best look
