@@ -356,6 +356,7 @@ DAMAGE = {
     "differs": (broken_result(lambda r: r.update(recipe_differs=1)), "no valid 'recipe_differs': 1"),
     "chosen": (broken_result(lambda r: r.update(tuning={"chosen": "x"})), "no valid 'tuning.chosen': 'x'"),
     "trials": (broken_result(lambda r: r.update(tuning={"trials": [{}]})), "trials of --tune without settings"),
+    "steering": (broken_result(lambda r: r.update(method="lora \x1b[2J")), "holds control characters"),
     "unfinished": (lambda f: (f / "result.json").unlink(), "unfinished, 3 epochs done"),
 }
 
@@ -386,6 +387,10 @@ def other_predictions(folder):
     np.savez(folder / "predictions.npz", labels=np.zeros(IMAGES, np.uint16), predicted=np.zeros(IMAGES, np.uint16))
 
 
+def predictions_of(folder, classes):
+    np.savez_compressed(folder / "predictions.npz", labels=classes, predicted=classes)
+
+
 def pickled_predictions(folder):
     np.savez(folder / "predictions.npz", labels=np.array([{}]), predicted=np.array([{}]))
 
@@ -393,6 +398,11 @@ def pickled_predictions(folder):
 LESS = {
     "metrics": (cut("metrics.jsonl", 100), "no learning curve"),
     "metrics of other things": (lambda f: (f / "metrics.jsonl").write_text("[1]\n"), "no learning curve"),
+    "nested metrics": (lambda f: (f / "metrics.jsonl").write_text("[" * 200_000), "no learning curve"),
+    "endless epoch": (lambda f: (f / "metrics.jsonl").write_text('{"epoch": 1000000, "accuracy": 1}'), "out of range"),
+    "no percent": (lambda f: (f / "metrics.jsonl").write_text('{"epoch": 1, "accuracy": NaN}'), "out of range"),
+    "many classes": (lambda f: predictions_of(f, np.arange(IMAGES) * 64), "classes are 0 … 4999 at most"),
+    "bomb": (lambda f: predictions_of(f, np.zeros(1 << 25)), "it unpacks to 536,871,"),
     "predictions": (cut("predictions.npz", 90), "no confusion matrix"),
     "predictions of another run": (other_predictions, "it holds 100.0 %"),
     "pickled predictions": (pickled_predictions, "no confusion matrix"),

@@ -6,6 +6,7 @@ written, from another version, or not ours at all.
 
 import json
 import os
+import re
 import zipfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -14,9 +15,10 @@ from typing import Any
 import numpy as np
 
 from vtab.evaluate import Accuracy
-from vtab.runs import Problem, Run
-from vtab.textfile import read, read_json
+from vtab.runs import CURVES, Problem, Run
+from vtab.textfile import LIMIT, read, read_json
 
+MOST_CLASSES = 5000  # of a confusion matrix
 NEEDED: dict[str, Any] = {  # in result.json, and of what kind
     "task": str,
     "accuracy": int | float,
@@ -101,12 +103,12 @@ def _read(folder: Path) -> tuple[Run, list[Problem]]:
     history, labels, predicted = [], None, None
     try:
         history = _history(folder / "metrics.jsonl")
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         remarks.append(Problem(folder, f"metrics.jsonl is damaged ({error}): no learning curve"))
     if (folder / "predictions.npz").exists():
         try:
             labels, predicted = _predictions(folder / "predictions.npz", result)
-        except (ValueError, OSError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        except (ValueError, OSError, KeyError, EOFError, MemoryError, zipfile.BadZipFile) as error:
             remarks.append(Problem(folder, f"predictions.npz is damaged ({error}): no confusion matrix"))
     return Run(folder, result, history, labels, predicted), remarks
 
@@ -115,6 +117,8 @@ def _check(result: Any) -> None:
     """Raise ValueError unless result.json has what table and page need, of the right kinds."""
     if not isinstance(result, dict):
         raise ValueError("result.json is no record of a run")
+    if re.search(r"\\u00[01]|[\x7f-\x9f]", json.dumps(result, ensure_ascii=False)):
+        raise ValueError("result.json holds control characters, which would steer the terminal")
     for name, kind in (NEEDED | OPTIONAL).items():
         *parents, last = name.split(".")
         place = result
@@ -143,16 +147,24 @@ def _history(path: Path) -> list[dict[str, Any]]:
         return []
     rows = [json.loads(line) for line in read(path).splitlines() if line.strip()]
     for row in rows:
-        if not isinstance(row, dict) or not all(isinstance(row.get(k), int | float) for k in ("epoch", "accuracy")):
+        if not isinstance(row, dict) or not isinstance(row.get("epoch"), int) or "accuracy" not in row:
             raise ValueError(f"no epoch and accuracy in {json.dumps(row)[:60]}")
+        percents = [row[key] for key in CURVES if key in row]
+        if not 0 < row["epoch"] < 10**6 or not all(isinstance(p, int | float) and 0 <= p <= 100 for p in percents):
+            raise ValueError(f"an epoch or accuracy out of range in {json.dumps(row)[:60]}")
     return rows
 
 
 def _predictions(path: Path, result: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
     with np.load(path, allow_pickle=False) as file:
+        size = sum(member.file_size for member in file.zip.infolist())
+        if size > LIMIT:
+            raise ValueError(f"it unpacks to {size:,} bytes")
         labels, predicted = file["labels"], file["predicted"]
     if labels.ndim != 1 or labels.shape != predicted.shape or {labels.dtype.kind, predicted.dtype.kind} - set("iu"):
         raise ValueError(f"labels {labels.dtype}{labels.shape} and predicted {predicted.dtype}{predicted.shape}")
+    if max(labels.max(initial=0), predicted.max(initial=0)) >= MOST_CLASSES or min(labels.min(), predicted.min()) < 0:
+        raise ValueError(f"classes are 0 … {MOST_CLASSES - 1} at most")
     own = Accuracy(int((labels == predicted).sum()), len(labels))
     if len(labels) != result["images"] or abs(own.percent - result["accuracy"]) > 1e-3:
         raise ValueError(f"it holds {own}, result.json says {result['accuracy']:.1f} % of {result['images']:,}")

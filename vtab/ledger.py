@@ -28,6 +28,7 @@ class Run:
     seconds: float = 0.0  # of the last attempt
     reason: str = ""
     last_lines: list[str] = field(default_factory=list)
+    accuracy: float | None = None
 
     @property
     def log(self) -> Path:
@@ -46,8 +47,15 @@ class Run:
         """result.json; None where there is none, or none that can be read."""
         with contextlib.suppress(OSError, ValueError):
             found = read_json(self.folder / "result.json")
-            return found if isinstance(found, dict) else None
+            return found if isinstance(found, dict) and isinstance(found.get("accuracy"), int | float) else None
         return None
+
+    def look(self) -> bool:
+        """Is it done? Then that is its state, and its accuracy is known."""
+        result = self.result()
+        if result is not None:
+            self.state, self.reason, self.accuracy = "done", "", result["accuracy"]
+        return result is not None
 
     def peak_memory_mb(self) -> float | None:
         """What the finished run recorded; None before, and on a CPU."""
@@ -56,12 +64,11 @@ class Run:
 
     def record(self) -> dict[str, Any]:
         """Its entry in sweep.json."""
-        accuracy = (self.result() or {}).get("accuracy") if self.state == "done" else None
         return {
             "run": self.folder.name,
             "label": self.label,
             "state": self.state,
-            "accuracy": accuracy,
+            "accuracy": self.accuracy,
             "attempts": self.attempts,
             "seconds": round(self.seconds, 1),
             "reason": self.reason,

@@ -14,6 +14,7 @@ from vtab.labels import recorded
 from vtab.lists import LENGTHS
 from vtab.tasks import TASKS
 
+CURVES = ("accuracy", "val_accuracy", "test_accuracy")  # of an epoch, in percent: on training, val200 and test images
 ELSEWHERE = {"task", "method", "seed", "out", "name", "device", "data_root", "split_file"}  # no setting of the training
 
 

@@ -33,10 +33,10 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     check_models(configs)
     if args.dry_run:
         for run in runs:
-            print(f"{'# done: ' if run.result() else ''}{run.command()}")
+            print(f"{'# done: ' if run.look() else ''}{run.command()}")
         return {"runs": [run.record() for run in runs]}
     for run in runs:
-        run.state = "done" if run.result() else "waiting"
+        run.look()
     check_data([config for config, run in zip(configs, runs, strict=True) if run.state == "waiting"])
     args.out.mkdir(parents=True, exist_ok=True)
     ledger = Ledger(args.out, runs, partial(print, flush=True))

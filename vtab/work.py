@@ -93,7 +93,8 @@ def work(runs: Sequence[Run], place: Place, ledger: Ledger) -> None:
     finally:
         place.stop(list(running.values()))
         for run in running:
-            run.state = "done" if run.result() else "waiting"
+            if not run.look():
+                run.state = "waiting"
         with contextlib.suppress(OSError):
             ledger.write()
 
@@ -107,10 +108,8 @@ def _ended(running: dict[Run, Any], place: Place) -> Iterator[tuple[Run, Outcome
 
 def _settle(run: Run, outcome: Outcome, place: Place, ledger: Ledger) -> None:
     run.seconds = time.monotonic() - run.started
-    result = run.result()
-    if result is not None:  # whatever became of the process afterwards
-        run.state, run.reason = "done", ""
-        ledger.tell(run, f"{result.get('accuracy', float('nan')):.1f} %, {run.seconds:.0f} s")
+    if run.look():  # whatever became of the process afterwards
+        ledger.tell(run, f"{run.accuracy:.1f} %, {run.seconds:.0f} s")
         return
     run.reason = outcome.reason or "it ended without a result"
     run.last_lines = tail(run.log)
