@@ -18,7 +18,7 @@ from torch import nn
 import capavision as cv
 from benchmarks.tables import add_methods, check_methods, measured, row, table
 from vtab.cli import Parser, run
-from vtab.record import write
+from vtab.textfile import write
 
 COLUMNS = ("architecture", "family", "method", "hosts", "trained values", "result", "s")
 

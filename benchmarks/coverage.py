@@ -19,7 +19,7 @@ import capavision as cv
 from benchmarks.tables import add_methods, check_methods, check_names, measured, row, table
 from tests.families import FAMILIES, Outcome, RefusedError, chain, chain_of_norms, family_model
 from vtab.cli import Parser, run
-from vtab.record import write
+from vtab.textfile import write
 
 # Method and targets; a method without an entry runs with its default settings on its default hosts.
 SETTINGS: dict[str, tuple[cv.Method, str | None]] = {

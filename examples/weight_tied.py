@@ -29,7 +29,7 @@ from vtab import cli
 from vtab.config import Config
 from vtab.data import Data, open_task
 from vtab.evaluate import Accuracy, Preprocessing, accuracy, predict
-from vtab.record import write
+from vtab.textfile import write
 from vtab.train import fit
 
 WIDTH, DEPTH, HEADS, PATCH, SIDE = 96, 6, 3, 16, 64

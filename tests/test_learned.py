@@ -617,12 +617,13 @@ def unpack(bits, like):
 def test_a_config_from_before_learned_masks_is_the_same_run(tmp_path):
     from vtab import record
     from vtab.config import parse
+    from vtab.textfile import write
 
     config = parse(["--task", "digits", "--out", str(tmp_path), "--name", "a"])
     settings = json.loads(json.dumps(config.record()))
     assert settings.pop("mask_lr") is None
-    record.write(tmp_path / "a" / "config.json", json.dumps(settings))
-    record.write(tmp_path / "a" / "checkpoint.safetensors", "")
+    write(tmp_path / "a" / "config.json", json.dumps(settings))
+    write(tmp_path / "a" / "checkpoint.safetensors", "")
     record.check(tmp_path / "a", config)
     learned = ["--task", "digits", "--masks", "learned"]
     digests = [parse([*learned, *more]).digest() for more in ([], ["--mask-lr", "0.1"], ["--mask-lr", "0.2"])]

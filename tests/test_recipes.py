@@ -12,7 +12,7 @@ from vtab import labels, recipes
 from vtab.config import Config, parse
 from vtab.recipes import RECIPES
 from vtab.schedule import Schedule, make_optimizer
-from vtab.tasks import TASKS
+from vtab.tasks import TASKS, find
 
 # Spot checks, copied from the authors' configuration files one by one
 SPOTS = [
@@ -90,14 +90,26 @@ def test_explicit_flags_win_and_a_scale_follows_the_rank():
     assert parse(["--task", "svhn", "--recipe", "fact-tk", "--alpha", "7"]).method.alpha == 7
 
 
+def test_a_switch_of_a_recipe_can_be_turned_off():
+    assert config("--recipe", "common").drop_last
+    assert not config("--recipe", "common", "--no-drop-last").drop_last
+
+
 def test_a_recipe_names_its_method():
     assert config("--recipe", "adapter-plus").method == cv.Adapter(rank=8, activation="gelu")
     assert config("--recipe", "vpt-linear").method == cv.LinearProbe()
     assert config("--recipe", "common", "--method", "bitfit").method == cv.Method.known["bitfit"]()
 
 
-def test_an_alias_of_a_task_has_its_row():
-    assert parse(["--task", "pets", "--recipe", "fact-tk"]).method.rank == 16
+@pytest.mark.parametrize("name", ["oxford_iiit_pet", "pets", "Pets", "clevr(task='count_all')", "vtab-svhn"])
+def test_a_task_has_its_row_under_every_name_that_opens_it(name):
+    made, by_id = (parse(["--task", task, "--recipe", "fact-tk"]) for task in (name, find(name).id))
+    assert made.method == by_id.method != cv.LoRA(rank=32)
+
+
+def test_vpt_warms_up_as_each_of_its_configurations_says():
+    made = {name: config("--recipe", f"vpt-{name}") for name in ("linear", "full", "bitfit")}
+    assert {name: run.warmup * run.epochs for name, run in made.items()} == {"linear": 10, "full": 5, "bitfit": 5}
 
 
 def test_a_task_outside_the_table_keeps_the_default_and_says_so():
@@ -187,6 +199,7 @@ LABELS = [
     (["--recipe", "bi-lora"], "lora r32"),
     (["--recipe", "bi-lora", "--alpha", "3"], "lora r32 alpha=3"),
     (["--recipe", "adapter-plus-ranks"], "adapter activation=gelu"),
+    (["--recipe", "adapter-plus-ranks", "--rank", "5"], "adapter r5 activation=gelu"),
 ]
 
 

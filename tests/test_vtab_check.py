@@ -96,6 +96,14 @@ DAMAGES = {
         lambda r: (r / "dtd/images/test/000002.jpg").unlink(),
         r"test.txt:3: the image images/test/000002.jpg is missing in .*; restore it, or fetch",
     ),
+    "a test image is trained on": (
+        lambda r: _lines(r, "test.txt", lambda rows: [*rows, "images/./train800/000001.jpg 0"]),
+        r"test.txt: images/./train800/000001.jpg and 0 more of its images are trained on too; restore",
+    ),
+    "a validation image is trained on": (
+        lambda r: _lines(r, "val200.txt", lambda rows: [rows[0], "images/train800/000001.jpg 0"]),
+        r"val200.txt: images/train800/000001.jpg and 0 more of its images are trained on too; restore",
+    ),
     "a name leads out": (
         lambda r: _lines(r, "test.txt", lambda rows: ["../../secret.jpg 0", *rows]),
         r"test.txt:1: '../../secret.jpg' leads out of",
@@ -204,6 +212,23 @@ def test_the_record_says_jpeg_or_lossless_or_generated(tmp_path):
     assert opened.facts["variant"] == "generated"
     assert opened.facts["generated"] is True
     assert opened.source.startswith("drawn, ")
+
+
+def test_images_that_were_jpeg_once_are_jpeg_in_whatever_form(tmp_path):
+    write_task(tmp_path / "dtd", tasks.find("dtd"))
+    lists.write_lists(open_task("dtd", tmp_path, partial=True), tmp_path / "png" / "dtd")
+    assert (tmp_path / "png/dtd/images/test/000000.png").is_file()
+    assert open_task("dtd", tmp_path / "png", partial=True).facts["variant"] == "jpeg"
+
+
+def test_a_name_that_leads_out_is_never_opened(dtd, tmp_path_factory, capsys):
+    outside = tmp_path_factory.mktemp("outside") / "secret.jpg"
+    outside.write_bytes(b"no image")
+    (dtd / "dtd/images/link").symlink_to(outside.parent)
+    _lines(dtd, "test.txt", lambda rows: [f"{outside} 0", "images/link/secret.jpg 0", *rows])
+    said, _ = refused(capsys, "check", "--root", dtd, "--partial", "--task", "dtd")
+    assert said.count("leads out of") == 2
+    assert "does not decode" not in said
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow's, at what it can still read

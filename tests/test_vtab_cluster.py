@@ -14,7 +14,7 @@ import pytest
 import capavision as cv
 from vtab import leash, on_ray, sweep, work
 from vtab.leash import Task
-from vtab.work import Ledger, Run
+from vtab.ledger import Ledger, Run
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ["--model", "test_vit", "--weights", "random", "--img-size", "32"]

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vtab import generated
+from vtab import folder, generated
 from vtab.data import open_task
 from vtab.folder import FILE
 from vtab.lists import write_lists
@@ -227,6 +227,20 @@ def test_another_seed_draws_another_split(class_folders):
     first = open_task("", class_folders, seed=0).splits["test"].names
     (class_folders / FILE).unlink()
     assert open_task("", class_folders, seed=1).splits["test"].names != first
+
+
+def test_two_first_runs_with_different_seeds_share_one_split(class_folders, monkeypatch):
+    draw = folder._draw
+
+    def overtaken(files, seed):
+        if seed == 0:
+            open_task("", class_folders, seed=1)  # another process, while this one draws
+        return draw(files, seed)
+
+    monkeypatch.setattr(folder, "_draw", overtaken)
+    first = open_task("", class_folders, seed=0)
+    assert first.splits["test"].names == open_task("", class_folders).splits["test"].names
+    assert json.loads((class_folders / FILE).read_text())["seed"] == 1
 
 
 def test_a_split_file_elsewhere_leaves_the_folder_alone(class_folders, tmp_path_factory):

@@ -15,10 +15,11 @@ import numpy as np
 import pytest
 
 from vtab import charts, cli, report, tables, terminal
+from vtab.averages import VTAB, averages
 from vtab.evaluate import Accuracy
+from vtab.gather import read_all
 from vtab.published import choose, published
-from vtab.rows import VTAB, arrange, averages
-from vtab.runs import read_all
+from vtab.rows import arrange
 from vtab.tasks import TASKS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -273,6 +274,24 @@ def test_seeds_of_one_setting_are_one_row_also_across_records_of_another_age(tmp
     assert (row.label, row.seeds()) == ("lora r8", (2, 2))
 
 
+def test_seeds_that_were_tuned_apart_are_one_row_whatever_each_chose(tmp_path):
+    method = {"name": "lora", "rank": 8, "branches": 1, "density": 1.0, "masks": "random"}
+
+    def tuned(seed, task, lr, alpha, tried=(1e-3, 3e-3)):
+        trials = [{"settings": {"lr": lr, "alpha": alpha}} for lr in tried for alpha in (0.8, 8.0)]
+        config = {"tune": True, "lr": lr, "method": method | {"alpha": alpha}}
+        tuning = {"trials": trials, "chosen": {"lr": lr, "alpha": alpha}}
+        fake(tmp_path, task, 600 + seed, seed, config=config, tuning=tuning)
+
+    for seed, lr, alpha in ((0, 1e-3, 8.0), (1, 3e-3, 0.8)):
+        tuned(seed, "cifar", lr, alpha)
+    tuned(0, "dtd", 3e-3, 8.0)
+    (row,) = rows_of(tmp_path)[0]
+    assert (row.label, len(row.cells["cifar"].runs), len(row.cells["dtd"].runs)) == ("lora r8", 2, 1)
+    tuned(0, "cifar", 1e-3, 8.0, tried=(1e-4, 1e-3))  # another grid is another setting
+    assert len(rows_of(tmp_path)[0]) == 2
+
+
 def test_random_bases_are_one_row_although_each_seed_draws_its_own(tmp_path):
     for seed in (0, 1):
         base = BASE | {"weights": "random", "digest": f"{seed}" * 64}
@@ -318,7 +337,9 @@ def broken_result(change):
 DAMAGE = {
     "cut": (lambda f: (f / "result.json").write_text('{"task": "cif'), "result.json is damaged"),
     "empty": (lambda f: (f / "result.json").write_bytes(b""), "result.json is damaged"),
-    "binary": (lambda f: (f / "result.json").write_bytes(b"\xff\xfe\x00"), "result.json is damaged"),
+    "binary": (lambda f: (f / "result.json").write_bytes(b"\xff\xfe\x00"), "result.json is no text file"),
+    "nested": (lambda f: (f / "result.json").write_text("[" * 200_000), "result.json is damaged"),
+    "endless": (lambda f: (f / "result.json").write_text(" " * (64 << 20) + "{}"), "which makes no sense"),
     "a list": (lambda f: (f / "result.json").write_text("[1]"), "no record of a run"),
     "a folder": (lambda f: ((f / "result.json").unlink(), (f / "result.json").mkdir()), "unfinished, 3 epochs done"),
     "no accuracy": (broken_result(lambda r: r.pop("accuracy")), "no valid 'accuracy': None"),
@@ -327,7 +348,15 @@ DAMAGE = {
     "too good": (broken_result(lambda r: r.update(accuracy=101.0)), "accuracy of 101.0 %"),
     "no whole number": (broken_result(lambda r: r.update(accuracy=50.05)), "no whole number of images"),
     "no images": (broken_result(lambda r: r.update(images=0)), "over 0 images"),
-    "no method": (broken_result(lambda r: r["config"].pop("method")), "names no method"),
+    "no method": (broken_result(lambda r: r["config"].pop("method")), "no valid 'config.method': None"),
+    "endless number": (broken_result(lambda r: r.update(images=10**40)), "a number of 41 digits"),
+    "full split": (broken_result(lambda r: r.update(images_in_full_split=[1])), "no valid 'images_in_full_split': [1]"),
+    "source": (broken_result(lambda r: r["data"].update(source=7)), "no valid 'data.source': 7"),
+    "splits": (broken_result(lambda r: r["data"].update(splits=["train"])), "no valid 'data.splits'"),
+    "differs": (broken_result(lambda r: r.update(recipe_differs=1)), "no valid 'recipe_differs': 1"),
+    "chosen": (broken_result(lambda r: r.update(tuning={"chosen": "x"})), "no valid 'tuning.chosen': 'x'"),
+    "trials": (broken_result(lambda r: r.update(tuning={"trials": [{}]})), "trials of --tune without settings"),
+    "steering": (broken_result(lambda r: r.update(method="lora \x1b[2J")), "holds control characters"),
     "unfinished": (lambda f: (f / "result.json").unlink(), "unfinished, 3 epochs done"),
 }
 
@@ -358,6 +387,10 @@ def other_predictions(folder):
     np.savez(folder / "predictions.npz", labels=np.zeros(IMAGES, np.uint16), predicted=np.zeros(IMAGES, np.uint16))
 
 
+def predictions_of(folder, classes):
+    np.savez_compressed(folder / "predictions.npz", labels=classes, predicted=classes)
+
+
 def pickled_predictions(folder):
     np.savez(folder / "predictions.npz", labels=np.array([{}]), predicted=np.array([{}]))
 
@@ -365,6 +398,11 @@ def pickled_predictions(folder):
 LESS = {
     "metrics": (cut("metrics.jsonl", 100), "no learning curve"),
     "metrics of other things": (lambda f: (f / "metrics.jsonl").write_text("[1]\n"), "no learning curve"),
+    "nested metrics": (lambda f: (f / "metrics.jsonl").write_text("[" * 200_000), "no learning curve"),
+    "endless epoch": (lambda f: (f / "metrics.jsonl").write_text('{"epoch": 1000000, "accuracy": 1}'), "out of range"),
+    "no percent": (lambda f: (f / "metrics.jsonl").write_text('{"epoch": 1, "accuracy": NaN}'), "out of range"),
+    "many classes": (lambda f: predictions_of(f, np.arange(IMAGES) * 64), "classes are 0 … 4999 at most"),
+    "bomb": (lambda f: predictions_of(f, np.zeros(1 << 25)), "it unpacks to 536,871,"),
     "predictions": (cut("predictions.npz", 90), "no confusion matrix"),
     "predictions of another run": (other_predictions, "it holds 100.0 %"),
     "pickled predictions": (pickled_predictions, "no confusion matrix"),
@@ -379,6 +417,11 @@ def test_a_run_with_a_damaged_extra_counts_without_it(case, tmp_path):
     rows, problems = rows_of(tmp_path)
     assert rows[0].cells["cifar"].mean == 60
     assert said in problems[0].text
+
+
+def test_predictions_of_a_paper_run_must_be_those_of_its_figure_too(tmp_path):
+    other_predictions(fake(tmp_path, "cifar", 600, protocol="paper"))
+    assert "it holds 100.0 %" in rows_of(tmp_path)[1][0].text
 
 
 class Trap:

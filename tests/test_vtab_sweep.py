@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
-from vtab import cli, grid, leash, local, sweep, work
-from vtab.work import Ledger, Run
+from vtab import cli, grid, leash, ledger, local, setup, sweep, work
+from vtab.ledger import Ledger, Run
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ["--model", "test_vit", "--weights", "random", "--img-size", "32"]
@@ -270,7 +270,7 @@ def test_ctrl_c_stops_the_children_and_the_same_command_goes_on(tmp_path, stand_
 @pytest.mark.parametrize("moment", ["before", "in the middle"])
 def test_a_full_disk_stops_the_sweep_in_one_line_and_nothing_is_lost(moment, tmp_path, stand_in, monkeypatch):
     runs = make(tmp_path, "wait" if moment == "in the middle" else "go", "go")
-    original = work.write
+    original = ledger.write
 
     def full(path, text):
         if (tmp_path / "r0" / "waits").is_file() or moment == "before":
@@ -281,7 +281,7 @@ def test_a_full_disk_stops_the_sweep_in_one_line_and_nothing_is_lost(moment, tmp
         monkeypatch.setattr(work.shutil, "disk_usage", lambda path: argparse.Namespace(free=10 * 2**20))
         expected = "10 MB are free, runs need 64"
     else:
-        monkeypatch.setattr(work, "write", full)
+        monkeypatch.setattr(ledger, "write", full)
         expected = "No space left on device"
     children = []
 
@@ -353,7 +353,7 @@ def test_a_real_sweep_leaves_a_result_and_a_log_for_every_run(real):
 def test_what_is_done_is_skipped(real, monkeypatch, capsys):
     _, argv, summary = real
     monkeypatch.setattr(sweep, "place", None)
-    monkeypatch.setattr(sweep, "open_task", None)
+    monkeypatch.setattr(setup, "open_task", None)
     assert sweep.main(argv)["counts"] == summary["counts"]
     assert "2 of them done already" in capsys.readouterr().out
     sweep.main([*argv, "--dry-run", "--seeds", "0,1"])

@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 import capavision as cv
-from vtab import cli, setup, train
+from vtab import cli, limits, record, setup, train
 from vtab.config import Config, parse
 from vtab.data import Data, Split
 from vtab.evaluate import accuracy
@@ -311,6 +312,22 @@ def test_every_field_is_explained_so_that_it_is_a_flag(config):
     assert {f.name for f in fields(config)} - {"method"} == explained.keys() - {"method"}
 
 
+def test_the_help_names_the_choices_of_each_flag_and_its_default(capsys):
+    with pytest.raises(SystemExit):
+        parse(["--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    for flag in ("--stage {final,tune}", "--norm {model,imagenet,inception,none}", "--cache {none,train,all}",
+                 "--protocol {honest,paper}", "--optimizer {adamw,sgd}", "--schedule {step,epoch}"):  # fmt: skip
+        assert flag in said
+    assert "--seed INT of initial values, masks, data order and drop-path (default: 0)" in said
+
+
+@pytest.mark.parametrize("field", limits.CHOICES)
+def test_each_choice_of_the_help_is_one_that_a_run_takes(field):
+    made = {parse(["--task", "digits", f"--{field}", choice]) for choice in limits.CHOICES[field]}
+    assert {getattr(config, field) for config in made} == set(limits.CHOICES[field])
+
+
 def test_the_interval_is_wilsons():
     score = accuracy(np.eye(2)[[0] * 90 + [1] * 10], np.zeros(100, int))
     assert score.percent == 90
@@ -398,3 +415,51 @@ def test_a_compiler_that_fails_is_named_and_leaves_nothing(tmp_path, monkeypatch
     with pytest.raises(ValueError, match="--compile: .* test_vit here, RuntimeError: no C.. compiler here; leave it"):
         run(tmp_path, "--compile")
     assert not any(tmp_path.iterdir())
+
+
+def test_a_second_process_takes_nothing_from_a_run_in_its_first_epoch(tmp_path, monkeypatch, capsys):
+    argv = ["--task", "digits", *TINY, "--out", str(tmp_path), "--name", "a"]
+    run_epoch, seen = train.run_epoch, []
+
+    def visited(*args, **kwargs):
+        if not seen:
+            seen.append(refused(capsys, argv))
+            assert {path.name for path in (tmp_path / "a").iterdir()} == {"config.json", ".lock"}
+        return run_epoch(*args, **kwargs)
+
+    monkeypatch.setattr(train, "run_epoch", visited)
+    train.main(argv)
+    assert "another process trains in" in seen[0]
+    assert {path.name for path in (tmp_path / "a").iterdir()} == FILES
+
+
+@pytest.mark.parametrize("damage", ["[" * 200_000, '{"task": "dig', "\udcff", " " * (64 << 20) + "{}"])
+@pytest.mark.parametrize("name", ["config.json", "result.json"])
+def test_a_damaged_file_of_a_run_is_named_in_a_line(name, damage, finished, tmp_path, capsys):
+    folder = tmp_path / "a"
+    shutil.copytree(finished[0], folder)
+    (folder / name).write_bytes(damage.encode(errors="surrogateescape"))
+    said = refused(capsys, ["--task", "digits", *TINY, "--out", str(tmp_path), "--name", "a", "--branches", "2"])
+    assert said.startswith(f"error: {folder / name} ")
+
+
+def test_a_machine_without_git_loses_no_result(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    assert record.environment(torch.device("cpu"))["commit"] is None
+
+
+def test_the_commit_is_that_of_capavision_and_of_no_project_around_it(tmp_path):
+    def git(*argv):
+        subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@b", *argv], cwd=tmp_path, check=True)
+
+    installed = tmp_path / ".venv" / "capavision.py"
+    installed.parent.mkdir()
+    installed.write_text("")
+    git("init", "-q")
+    git("commit", "-q", "--allow-empty", "-m", "theirs")
+    assert record.commit(installed) is None
+    git("add", "-f", ".venv")
+    git("commit", "-q", "-m", "ours")
+    assert len(record.commit(installed)) == 40
+    installed.write_text("changed")
+    assert record.commit(installed).endswith("-dirty")

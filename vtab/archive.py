@@ -15,8 +15,9 @@ from pathlib import Path, PurePosixPath
 from vtab.data import IMAGES
 from vtab.lists import LISTS, ORIGIN
 from vtab.tasks import find, get
+from vtab.textfile import LIMIT
 
-TEXT_LIMIT, IMAGE_LIMIT = 16 << 20, 64 << 20  # bytes of one file
+IMAGE_LIMIT = 64 << 20  # bytes of one file
 RATIO, SLACK = 20, 64 << 20  # images do not shrink in a zip: all files together, against the archive
 Members = dict[str, zipfile.ZipInfo]
 
@@ -80,7 +81,7 @@ def _refuse_unsafe(path: Path, member: zipfile.ZipInfo) -> None:
 
 
 def _refuse_odd(path: Path, member: zipfile.ZipInfo, name: str, held: Members) -> None:
-    most = IMAGE_LIMIT if name.startswith("images/") else TEXT_LIMIT
+    most = IMAGE_LIMIT if name.startswith("images/") else LIMIT
     if member.file_size > most:
         size = f"{member.file_size:,} bytes, {most:,} at most make sense"
         raise ValueError(f"{path} holds {member.filename!r} of {size}; nothing was unpacked")

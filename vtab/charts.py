@@ -13,9 +13,10 @@ from typing import Any
 import matplotlib as mpl
 import numpy as np
 
+from vtab.averages import VTAB
 from vtab.published import Published
-from vtab.rows import VTAB, Cell, Row
-from vtab.runs import Run
+from vtab.rows import Cell, Row
+from vtab.runs import CURVES, Run
 from vtab.tables import GENERATED, paper_name
 from vtab.tasks import TASKS
 
@@ -122,9 +123,9 @@ def curves(rows: Sequence[Row]) -> bytes | None:
 def _curve(axes: Any, cell: Cell, look: dict[str, Any]) -> int:
     """Mean over seeds, its range as a band; returns the last epoch."""
     last = 0
-    for key, width in (("accuracy", 1.6), ("val_accuracy", 0.8), ("test_accuracy", 0.8)):
+    for key, width in zip(CURVES, (1.6, 0.8, 0.8), strict=True):
         by_epoch: dict[int, list[float]] = defaultdict(list)
-        for row in (row for run in cell.runs for row in run.history if isinstance(row.get(key), int | float)):
+        for row in (row for run in cell.runs for row in run.history if key in row):
             by_epoch[row["epoch"]].append(row[key])
         epochs = sorted(by_epoch)
         if epochs:

@@ -5,6 +5,7 @@ ZhangYuanhan-AI/NOAH/issues/28), so the two are two benchmarks and the table say
 """
 
 import argparse
+import contextlib
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -15,7 +16,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from vtab import lists, tasks
-from vtab.data import UNREADABLE, side_by_side
+from vtab.data import UNREADABLE, inside, side_by_side
 from vtab.tasks import Task
 
 SHOWN = 5  # faults of a task that are printed
@@ -84,8 +85,12 @@ def _mixed(folder: Path, rows: lists.Rows) -> Iterator[str]:
 
 def _unreadable(folder: Path, rows: lists.Rows, quick: bool, bar: Any) -> Iterator[str]:
     # an image in two lists, or listed twice, is looked at once
-    paths = dict.fromkeys(folder / name for lines in rows.values() for name, _ in lines)
-    there = [path for path in paths if path.is_file()]
+    names = dict.fromkeys(name for lines in rows.values() for name, _ in lines)
+    known: set[Path] = set()
+    there = []
+    for name in names:
+        with contextlib.suppress(ValueError):  # a name that leads out is a fault already, and is not opened
+            there += [path for path in (inside(folder, name, known),) if path.is_file()]
     for fault in side_by_side(_empty if quick else _decode, there):
         if bar is not None:
             bar.update()

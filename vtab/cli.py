@@ -7,8 +7,9 @@ import os
 import re
 import sys
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NoReturn, get_args, get_type_hints
 
 from capavision.targets import near
@@ -63,18 +64,26 @@ def field_docs(config: type) -> dict[str, str]:
     return docs
 
 
-def add_fields(parser: Any, config: type) -> None:
-    """One flag for each field of the dataclass `config` that its docstring explains."""
+def add_fields(parser: Any, config: type, choices: Mapping[str, Iterable[str]] = MappingProxyType({})) -> None:
+    """One flag for each field of the dataclass `config` that its docstring explains.
+
+    Args:
+        parser: gets the flags.
+        config: the dataclass.
+        choices: the values that a field may have, for the help; the dataclass itself refuses others.
+    """
     hints, docs = get_type_hints(config), field_docs(config)
     for field in (f for f in dataclasses.fields(config) if f.name in docs):
         flag, kind, default = f"--{field.name.replace('_', '-')}", _plain(hints[field.name]), field.default
-        shown = "" if default in (None, False, "", dataclasses.MISSING) else f" (default: {default})"
+        told = default not in (None, "", dataclasses.MISSING) and default is not False
+        shown = f" (default: {default})" if told else ""
         text = docs[field.name].rstrip(".").replace("%", "%%") + shown
         keywords: dict[str, Any] = {"help": text, "default": argparse.SUPPRESS}
         if kind is bool:
-            keywords["action"] = "store_true"
+            keywords["action"] = argparse.BooleanOptionalAction  # what a recipe sets can be unset
         else:
-            keywords |= {"type": kind, "metavar": kind.__name__.upper()}
+            names = choices.get(field.name)
+            keywords |= {"type": kind, "metavar": f"{{{','.join(names)}}}" if names else kind.__name__.upper()}
         parser.add_argument(flag, **keywords)
 
 

@@ -113,6 +113,11 @@ class Config:
         limits.check(self)
 
     @property
+    def patterns(self) -> list[str] | None:
+        """The targets one by one; None leaves the choice to the method."""
+        return [name.strip() for name in self.targets.split(",")] if self.targets else None
+
+    @property
     def between_looks(self) -> int:
         """Epochs from one look at the test split to the next, under the paper protocol."""
         return self.test_every or TEST_EVERY
@@ -133,7 +138,8 @@ class Config:
         steps = images // self.batch_size if self.drop_last else -(-images // self.batch_size)
         if not steps:
             raise ValueError(
-                f"--drop-last with --batch-size {self.batch_size} leaves no batch of {images} images; lower the batch"
+                f"--drop-last with --batch-size {self.batch_size} leaves no batch of {images} images; lower the batch, "
+                "or pass --no-drop-last"
             )
         return steps
 
@@ -184,7 +190,7 @@ def parser_for(argv: list[str] | None) -> tuple[cli.Parser, type[cv.Method], rec
         description="Fine-tune a timm backbone on one task; the run folder holds the adapter and every figure.",
         epilog=f"Methods: {', '.join(sorted(cv.Method.known))}; each has flags of its own: --method NAME --help.",
     )
-    cli.add_fields(parser.add_argument_group("run"), Config)
+    cli.add_fields(parser.add_argument_group("run"), Config, limits.CHOICES)
     chosen = parser.add_argument_group(f"method {name}")
     chosen.add_argument("--method", default="lora", metavar="NAME", help="(default: lora, or the recipe's)")
     cli.add_fields(chosen, cv.Method.known[name])

@@ -8,9 +8,12 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from capavision.files import replacing
+from filelock import FileLock
+
 from vtab.data import IMAGES, Data, file_split, inside
+from vtab.textfile import read_json, write
 
 FILE = "capavision_split.json"
 SMALLEST = 5
@@ -24,17 +27,9 @@ def open_folder(root: Path, name: str = "", seed: int = 0, split_file: Path | No
     """
     path = split_file or root / FILE
     classes, files = _scan(root)
-    if path.is_file():
-        split = _read(path, root, classes)
-    else:
-        split = _draw(files, seed)
-        try:
-            with replacing(path) as temporary:
-                temporary.write_text(json.dumps({"seed": seed, "classes": classes, **split}, indent=1))
-        except OSError as error:
-            raise ValueError(
-                f"cannot write the split to {path} ({error.strerror}); name a place with --split-file"
-            ) from error
+    if not path.is_file():
+        _write(path, {"seed": seed, "classes": classes, **_draw(files, seed)})
+    split = _read(path, root, classes)
     split["trainval"] = split["train"] + split["val"]
     labels = {name: classes.index(name.split("/")[0]) for names in split.values() for name in names}
     splits = {name: file_split(root, names, [labels[n] for n in names]) for name, names in split.items()}
@@ -77,6 +72,19 @@ def _draw(files: Sequence[str], seed: int) -> dict[str, list[str]]:
     return {"train": train, "val": val, "test": test}
 
 
+def _write(path: Path, drawn: dict[str, Any]) -> None:
+    """Write a draw, unless another process with another seed was faster: all runs must have one split."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(path.with_name(f".{path.name}.lock")):
+            if not path.is_file():
+                write(path, json.dumps(drawn, indent=1))
+    except OSError as error:
+        raise ValueError(
+            f"cannot write the split to {path} ({error.strerror}); name a place with --split-file"
+        ) from error
+
+
 def _fifth(labels: Sequence[str]) -> int:
     """20 % of the images, but one of each class at least."""
     return max(math.ceil(0.2 * len(labels)), len(set(labels)))
@@ -84,9 +92,9 @@ def _fifth(labels: Sequence[str]) -> int:
 
 def _read(path: Path, root: Path, classes: list[str]) -> dict[str, list[str]]:
     try:
-        written = json.loads(path.read_text())
+        written = read_json(path)
         split = {name: [str(n) for n in written[name]] for name in ("train", "val", "test")}
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is no split file ({error!r}); delete it to draw the split again") from error
     if written.get("classes") != classes:
         raise ValueError(

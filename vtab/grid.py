@@ -4,9 +4,9 @@ from pathlib import Path
 
 import capavision as cv
 from capavision.targets import near
-from vtab import lists
+from vtab import lists, tasks
 from vtab.generated import SOURCES
-from vtab.tasks import NAMES, TASKS, find, pieces
+from vtab.tasks import NAMES, find, pieces
 
 # Settings under a name of their own; every method's name is one too. More can follow: capaboost-lora:rank=4.
 SETTINGS = {
@@ -16,11 +16,7 @@ SETTINGS = {
     "propetl-lora": "lora:masks=learned,rank=32,alpha=48,density=0.1",
     "propetl-adapter": "adapter:masks=learned,rank=64",
 }
-GROUPS = {
-    "all": [task.id for task in TASKS.values() if task.group != "extra"],
-    "builtin": list(SOURCES),
-    **{group: [t.id for t in TASKS.values() if t.group == group] for group in ("natural", "specialized", "structured")},
-}
+GROUPS = {"all": [task.id for task in tasks.VTAB], "builtin": list(SOURCES), **tasks.GROUPS}
 OURS = ("task", "method", "seed", "name", "out", "data-root")  # flags of vtab.train that a sweep sets itself
 
 

@@ -2,8 +2,9 @@
 
 from collections.abc import Sequence
 
-from vtab.rows import AVERAGES, GROUPS, VTAB
+from vtab.averages import AVERAGES, VTAB
 from vtab.tables import MEANS, Figure, Line, having, paper_name
+from vtab.tasks import GROUPS
 
 
 def render(table: Sequence[Line], more: Sequence[str], caption: str) -> str:

@@ -7,6 +7,7 @@
 """
 
 import json
+import posixpath
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,10 +15,11 @@ from typing import Any
 
 from tqdm import tqdm
 
-from capavision.files import new_folder, replacing
+from capavision.files import new_folder
 from vtab import tasks
 from vtab.data import LOSSLESS, Data, file_split, inside, side_by_side
 from vtab.tasks import Task
+from vtab.textfile import read, read_json, write
 
 LISTS = {"train": "train800.txt", "val": "val200.txt", "trainval": "train800val200.txt", "test": "test.txt"}
 LENGTHS = {"train": 800, "val": 200, "trainval": 1000}
@@ -75,11 +77,7 @@ def read_list(path: Path) -> list[tuple[str, int]]:
     if not path.is_file():
         raise ValueError(f"{path} is missing; the VTAB-1k layout has {', '.join(LISTS.values())}")
     rows = []
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is no text file ({error})") from error
-    for number, line in enumerate(lines, start=1):
+    for number, line in enumerate(read(path).splitlines(), start=1):
         name, _, label = line.strip().rpartition(" ")
         if not name or not (label.isascii() and label.isdecimal() and len(label) < 10):
             raise ValueError(f"{path}:{number}: {line!r} is not 'path label', such as 'images/test/000000.jpg 3'")
@@ -109,6 +107,9 @@ def faults(folder: Path, rows: Rows, task: Task | None, partial: bool = False) -
                     yield f"{where} the image {name} is missing in {folder}; restore it, or fetch the task anew"
             except ValueError as error:
                 yield f"{where} {error}"
+        leaks = _leaks(rows, split)
+        if leaks:
+            yield f"{path}: {leaks[0]} and {len(leaks) - 1} more of its images are trained on too; restore the lists"
         expected = _lengths(task, split)
         if not partial and expected and len(lines) not in expected:
             wanted = " or ".join(map(str, expected))
@@ -124,6 +125,13 @@ def faults(folder: Path, rows: Rows, task: Task | None, partial: bool = False) -
         )
 
 
+def _leaks(rows: Rows, split: str) -> list[str]:
+    """Images of a list that judges which a list that is trained on names too."""
+    trained = {"val": ("train",), "test": ("train", "val", "trainval")}.get(split, ())
+    seen = {posixpath.normpath(name) for other in trained for name, _ in rows.get(other, [])}
+    return [name for name, _ in rows[split] if posixpath.normpath(name) in seen]
+
+
 def origin(folder: Path) -> dict[str, Any]:
     """What origin.json says of the images; nothing where there is none.
 
@@ -133,21 +141,21 @@ def origin(folder: Path) -> dict[str, Any]:
     path = folder / ORIGIN
     if not path.is_file():
         return {}
-    try:
-        about = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(about, dict) or not isinstance(about.get("source", ""), str):
-            raise ValueError("not an object with a source")
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged ({error}); fetch the task anew, or delete the file") from error
+    about = read_json(path)
+    if not isinstance(about, dict) or not isinstance(about.get("source", ""), str):
+        raise ValueError(f"{path} is damaged (no object with a source); fetch the task anew, or delete the file")
     return {**about, "generated": about.get("generated") is True}
 
 
 def variant(rows: Rows, about: dict[str, Any]) -> str:
-    """jpeg or lossless, by the files' names, and generated if the origin says so: three different benchmarks."""
+    """jpeg or lossless, by the files' names, and generated if the origin says so: three different benchmarks.
+
+    Images that were JPEG once stay damaged in whatever form they are kept, so the origin's word for jpeg counts too.
+    """
     if about.get("generated"):
         return "generated"
     kept = all(name.lower().endswith(LOSSLESS) for lines in rows.values() for name, _ in lines)
-    return "lossless" if kept else "jpeg"
+    return "lossless" if kept and about.get("variant") != "jpeg" else "jpeg"
 
 
 def _classes(rows: Rows, task: Task | None) -> int:
@@ -157,7 +165,7 @@ def _classes(rows: Rows, task: Task | None) -> int:
 def _lengths(task: Task | None, split: str) -> tuple[int, ...]:
     if split in LENGTHS:
         return (LENGTHS[split],)
-    return (task.test_images, *task.other_test_images) if task else ()
+    return task.test_lengths if task else ()
 
 
 def write_lists(data: Data, folder: Path, test_limit: int | None = None) -> None:
@@ -194,5 +202,4 @@ def fill(folder: Path, data: Data, test_limit: int | None = None) -> None:
 
 def mark(folder: Path, source: str, kind: str, generated: bool = False) -> None:
     """Write origin.json."""
-    with replacing(folder / ORIGIN) as temporary:
-        temporary.write_text(json.dumps({"source": source, "variant": kind, "generated": generated}, indent=1) + "\n")
+    write(folder / ORIGIN, json.dumps({"source": source, "variant": kind, "generated": generated}, indent=1) + "\n")

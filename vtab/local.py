@@ -6,7 +6,8 @@ import sys
 from collections.abc import Sequence
 
 from vtab.leash import Child
-from vtab.work import Outcome, Run
+from vtab.ledger import Run
+from vtab.work import Outcome
 
 MARGIN, CONTEXT_MB = 1.25, 1024  # over a run's recorded peak: fragments, and what CUDA itself takes in each process
 

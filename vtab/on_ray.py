@@ -19,7 +19,8 @@ import capavision as cv
 from capavision.files import replacing
 from vtab.data import inside
 from vtab.leash import PATIENCE, Task, execute
-from vtab.work import Outcome, Run
+from vtab.ledger import Run
+from vtab.work import Outcome
 
 LARGEST_MB = 1024  # of a run folder that comes back through Ray
 

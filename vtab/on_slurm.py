@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from vtab.leash import execute
-from vtab.work import Outcome, Run
+from vtab.ledger import Run
+from vtab.work import Outcome
 
 
 class OnSlurm:

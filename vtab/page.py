@@ -7,9 +7,12 @@ from importlib import resources
 from typing import Any
 
 from vtab import charts, tables
+from vtab.averages import AVERAGES, VTAB
 from vtab.published import Published, published
-from vtab.rows import AVERAGES, GROUPS, VTAB, Row
+from vtab.rows import Row
 from vtab.runs import Problem, Run
+from vtab.tasks import GROUPS
+from vtab.textfile import LIMIT
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -61,7 +64,7 @@ def _task(task: str, rows: Sequence[Row]) -> dict[str, Any]:
     row = max((row for row in rows if task in row.cells), key=lambda row: (row.comparable, row.cells[task].mean))
     run = row.cells[task].runs[0]
     picture = run.folder / "predictions.png"
-    shown = picture.read_bytes() if picture.is_file() else b""
+    shown = picture.read_bytes() if picture.is_file() and picture.stat().st_size < LIMIT else b""
     return {
         "name": tables.paper_name(task),
         "id": task,

@@ -43,7 +43,7 @@ def watcher(setup: Setup, folder: Path, at: int | None = None) -> Callable[[int]
 def _look(setup: Setup, folder: Path, epoch: int) -> dict[str, float]:
     """Test, and keep the adapter if it is the best so far. The file itself says what it reached, so that a run that is
     killed between the two and tests this epoch again comes to the same."""
-    test, file = setup.data.splits["test"].head(setup.config.test_limit), folder / "adapter.safetensors"
+    test, file = setup.judged, folder / "adapter.safetensors"
     found = accuracy(predict(setup.model, test, setup.preprocessing), test.labels).percent
     best = cv.describe(file)["info"]["test_accuracy"] if file.is_file() else -1.0
     if found > best:

@@ -10,7 +10,7 @@ from functools import cache
 from importlib import resources
 
 from capavision.targets import near
-from vtab.rows import VTAB, Average, averages
+from vtab.averages import VTAB, Average, averages
 
 SHOWN = (  # the ends of the scale, then pairs of one method under two selection rules
     "Full fine-tuning",

@@ -10,11 +10,12 @@ Methods that are not here at all (SSF, SPT, ARC, RLRR, GLoRA, NOAH's search, VPT
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from capavision.targets import near
-from vtab.tasks import NAMES, TASKS
+from vtab import tasks
+from vtab.tasks import VTAB
 
 DROPOUT = "module dropout of 0.1: no method here has dropout"
 
@@ -61,8 +62,8 @@ class Recipe:
 
 def _row(task: str) -> int | None:
     """The task's place in VTAB's order; None for a task of one's own."""
-    order = [name for name, row in TASKS.items() if row.group != "extra"]
-    return order.index(NAMES[task].id) if task in NAMES and NAMES[task].id in order else None
+    row = tasks.get(task)
+    return VTAB.index(row) if row in VTAB else None
 
 
 COMMON: dict[str, Any] = {
@@ -80,15 +81,168 @@ COMMON: dict[str, Any] = {
     "clip": 0.0,
     "norm": "imagenet",
 }
-OSU = {**COMMON, "norm": "none"}
-VPT = {**COMMON, "optimizer": "sgd", "lr_start": 0.0, "lr_min": 0.0, "drop_last": False, "drop_path": 0.0}
+BARE = {**COMMON, "norm": "none"}
+BEST_OF_10 = "best of 10 test evaluations"
+UNDOCUMENTED = "by task; how is not documented"
+
+NOAH_LORA = Recipe(
+    "noah-lora",
+    "ZhangYuanhan-AI/NOAH configs/LoRA/VTAB, model/supernet_vision_transformer_timm.py",
+    "lora",
+    {**COMMON, "targets": "qkv"},  # one A for q, k and v together: 294,912 values in a ViT-B
+    {"rank": 8, "alpha": 8.0},
+    reported="best of 11 test evaluations",
+)
+NOAH_ADAPTER = Recipe(
+    "noah-adapter",
+    "ZhangYuanhan-AI/NOAH configs/Adapter/VTAB, model/module/adapter_super.py",
+    "adapter",
+    {**COMMON, "targets": "mlp"},
+    {"rank": 8, "where": "houlsby", "activation": "gelu"},
+    reported="best of 11 test evaluations",
+    differs=(
+        DROPOUT,
+        "QuickGELU, and a Xavier start of both matrices: here GELU, and U = 0",
+        "their adapter stands after the drop-path, ours before it",
+    ),
+)
+CONVPASS = Recipe(
+    "convpass",
+    "JieShibo/PETL-ViT convpass/vtab/configs/convpass",
+    "adapter",
+    COMMON,
+    {"rank": 8, "where": "parallel", "activation": "gelu"},
+    scale_by_task=(0.1, 1, 0.01, 0.1, 1, 100, 0.1, 10, 10, 10, 1, 1, 0.1, 10, 10, 100, 0.1, 100, 1),
+    searched=f"scale in 0.01, 0.1, 1, 10, 100 {UNDOCUMENTED}",
+    reported=BEST_OF_10,
+    differs=(
+        DROPOUT,
+        "Convpass has a 3 × 3 convolution in its bottleneck, and one beside each attention too: its scales only",
+    ),
+)
+FACT_TK = Recipe(
+    "fact-tk",
+    "JieShibo/PETL-ViT FacT/fact_tk.py, FacT/configs/tk",
+    "lora",
+    COMMON,
+    {"rank": 32},
+    rank_by_task=(32, 32, 16, 32, 16, 32, 16, 32, 32, 32, 16, 32, 16, 32, 32, 32, 32, 32, 16),
+    scale_by_task=(0.1, 10, 0.01, 1, 10, 100, 1, 10, 100, 10, 1, 10, 10, 10, 10, 100, 1, 100, 10),
+    searched=f"scale in 0.01, 0.1, 1, 10, 100 and rank 16 or 32 {UNDOCUMENTED}",
+    reported=BEST_OF_10,
+    differs=(DROPOUT, "FacT shares its factors among all layers and Linears: its ranks and scales only"),
+)
+REPADAPTER = Recipe(
+    "repadapter",
+    "luogen1996/RepAdapter train.py, configs/repblock",
+    "adapter",
+    COMMON,
+    {"rank": 8, "where": "houlsby"},
+    scale_by_task=(0.1, 5, 1, 0.5, 0.1, 10, 0.1, 1, 1, 5, 0.1, 0.5, 0.1, 5, 5, 5, 0.1, 10, 1),
+    searched="scale in 0.1, 0.5, 1, 5, 10 by task (scripts/search_rep*.sh)",
+    reported=BEST_OF_10,
+    differs=(DROPOUT, "RepAdapter is linear, grouped, before attention and MLP, its norm in the loss: its scales only"),
+)
+REPADAPTER_ATTN = replace(
+    REPADAPTER,
+    name="repadapter-attn",
+    source="luogen1996/RepAdapter train.py, configs/repattn",
+    run={**COMMON, "targets": "attention"},
+    scale_by_task=(0.1, 10, 0.1, 0.5, 0.5, 10, 0.1, 0.5, 5, 0.1, 0.5, 1, 0.1, 5, 1, 10, 5, 10, 1),
+    differs=(DROPOUT, "RepAdapter is linear, grouped, before attention, its norm in the loss: its scales only"),
+)
+BI_LORA = Recipe(
+    "bi-lora",
+    "JieShibo/PETL-ViT binary_adapter/lora.py, configs/lora/*-bit1-dim32.yaml",
+    "lora",
+    BARE,
+    {"rank": 32, "alpha": 32.0},
+    scale_by_task=(0.1, 10, 0.01, 1, 0.1, 10, 0.1, 10, 10, 10, 10, 1, 0.1, 10, 10, 1, 0.1, 10, 1),
+    searched=f"scale in 0.01, 0.1, 1, 10 {UNDOCUMENTED}",
+    reported=BEST_OF_10,
+    differs=(DROPOUT, "their matrices have weights of 1 bit, and the scales belong to these: here full precision"),
+)
+BI_ADAPTFORMER = replace(
+    BI_LORA,
+    name="bi-adaptformer",
+    source="JieShibo/PETL-ViT binary_adapter/adaptformer.py, configs/adaptformer/*-bit1-dim32.yaml",
+    method="adapter",
+    of_method={"rank": 32, "where": "parallel"},
+    scale_by_task=(0.1, 10, 0.01, 1, 0.01, 10, 0.1, 1, 1, 10, 1, 1, 0.1, 1, 1, 1, 0.1, 1, 1),
+    differs=(
+        *BI_LORA.differs,
+        "their adapter reads the residual stream before the norm and stands outside the drop-path",
+    ),
+)
+ADAPTER_PLUS = Recipe(
+    "adapter-plus",
+    "visinf/adapter_plus conf/, modeling/adaptermodel.py",
+    "adapter",
+    {**COMMON, "norm": "model", "lr_start": 1e-5, "lr_min": 1e-6},
+    {"rank": 8, "where": "pfeiffer", "activation": "gelu"},
+    reported="the last epoch, seeds 18, 45, 25",
+    differs=(
+        "a trained scale for each channel, and drop-path on the adapter: neither is here",
+        "no weight decay on biases; both matrices start from N(0, 0.01): here all decay, and U = 0",
+        "their cosine starts where the warm-up ends; here it starts with the schedule",
+    ),
+)
+ADAPTER_PLUS_RANKS = replace(
+    ADAPTER_PLUS,
+    name="adapter-plus-ranks",
+    source="visinf/adapter_plus conf/experiment/vtab/adapter_plus_dim1-32.yaml",
+    rank_by_task=(1, 4, 2, 1, 8, 16, 1, 16, 2, 32, 32, 4, 8, 8, 8, 32, 4, 32, 8),
+    searched="rank in 1, 2, 4, 8, 16, 32 by task",
+)
+OSU_SEARCHED = "lr in 1e-3, 1e-2; weight decay in 1e-4, 1e-3; rank in {}, on val200"
+OSU_LORA = Recipe(
+    "osu-lora",
+    "OSU-MLB/ViT_PEFT_Vision, default_vtab",
+    "lora",
+    BARE,
+    searched=OSU_SEARCHED.format("1, 8, 16, 32"),
+    reported="the last epoch, seed 42",
+    differs=(DROPOUT, "the defaults here are one point of their grid; --tune searches lr and scale"),
+)
+OSU_ADAPTER = replace(
+    OSU_LORA,
+    name="osu-adapter",
+    method="adapter",
+    of_method={"rank": 8, "where": "houlsby"},
+    searched=OSU_SEARCHED.format("4 … 32; scale in 0.01, 0.1, 1, 10"),
+)
+OSU_ADAPTFORMER = replace(
+    OSU_LORA,
+    name="osu-adaptformer",
+    method="adapter",
+    of_method={"rank": 16, "where": "parallel", "scale": 0.1},
+    searched=OSU_SEARCHED.format("4, 16, 32; scale in 0.05, 0.1, 0.2"),
+)
+VPT = {**COMMON, "lr_start": 0.0, "lr_min": 0.0, "drop_last": False, "drop_path": 0.0}
+VPT_SEARCHED = "lr in {}, times batch / 256; weight decay in 1e-2, 1e-3, 1e-4, 0, on val200"
 VPT_DIFFERS = (
     "lr and weight decay are chosen by task on val200: the default here is the middle of the grid; pass --tune",
-    "their cosine starts where the warm-up ends; here it starts with the schedule",
+    "their cosine starts where the warm-up ends, and the schedule an epoch earlier; here it starts with the schedule",
     "their data are lossless; see the record for yours",
 )
-BEST_OF_10 = "best of 10 test evaluations"
-
+VPT_LINEAR = Recipe(
+    "vpt-linear",
+    "KMnP/vpt tune_vtab.py, configs/base-linear.yaml; VPT, arXiv 2203.12119",
+    "linear_probe",
+    {**VPT, "optimizer": "sgd", "lr": 1.0 * 64 / 256},
+    searched=VPT_SEARCHED.format("0.05 … 50"),
+    reported="the last epoch, five seeds",
+    differs=(*VPT_DIFFERS, "their batch is 1,024, more than there are images: here 64"),
+)
+VPT_FULL = replace(
+    VPT_LINEAR,
+    name="vpt-full",
+    source="KMnP/vpt tune_vtab.py, configs/base-finetune.yaml; VPT, arXiv 2203.12119",
+    method="full",
+    run={**VPT, "lr": 1e-3 * 64 / 256, "warmup": 0.05},
+    searched=VPT_SEARCHED.format("1e-4, 5e-4, 1e-3, 5e-3"),
+    differs=(*VPT_DIFFERS, "their batch is 384: here 64"),
+)
 _ROWS = (
     Recipe(
         "common",
@@ -97,185 +251,10 @@ _ROWS = (
         COMMON,
         reported=BEST_OF_10,
     ),
-    Recipe(
-        "noah-lora",
-        "ZhangYuanhan-AI/NOAH configs/LoRA/VTAB, model/supernet_vision_transformer_timm.py",
-        "lora",
-        {**COMMON, "targets": "qkv"},  # one A for q, k and v together: 294,912 values in a ViT-B
-        {"rank": 8, "alpha": 8.0},
-        reported="best of 11 test evaluations",
-    ),
-    Recipe(
-        "noah-adapter",
-        "ZhangYuanhan-AI/NOAH configs/Adapter/VTAB, model/module/adapter_super.py",
-        "adapter",
-        {**COMMON, "targets": "mlp"},
-        {"rank": 8, "where": "houlsby", "activation": "gelu"},
-        reported="best of 11 test evaluations",
-        differs=(
-            DROPOUT,
-            "QuickGELU, and a Xavier start of both matrices: here GELU, and U = 0",
-            "their adapter stands after the drop-path, ours before it",
-        ),
-    ),
-    Recipe(
-        "convpass",
-        "JieShibo/PETL-ViT convpass/vtab/configs/convpass",
-        "adapter",
-        COMMON,
-        {"rank": 8, "where": "parallel", "activation": "gelu"},
-        scale_by_task=(0.1, 1, 0.01, 0.1, 1, 100, 0.1, 10, 10, 10, 1, 1, 0.1, 10, 10, 100, 0.1, 100, 1),
-        searched="scale in 0.01, 0.1, 1, 10, 100 by task; how is not documented",
-        reported=BEST_OF_10,
-        differs=(
-            DROPOUT,
-            "Convpass has a 3 × 3 convolution in its bottleneck, and one beside each attention too: its scales only",
-        ),
-    ),
-    Recipe(
-        "fact-tk",
-        "JieShibo/PETL-ViT FacT/fact_tk.py, FacT/configs/tk",
-        "lora",
-        COMMON,
-        {"rank": 32},
-        rank_by_task=(32, 32, 16, 32, 16, 32, 16, 32, 32, 32, 16, 32, 16, 32, 32, 32, 32, 32, 16),
-        scale_by_task=(0.1, 10, 0.01, 1, 10, 100, 1, 10, 100, 10, 1, 10, 10, 10, 10, 100, 1, 100, 10),
-        searched="scale in 0.01, 0.1, 1, 10, 100 and rank 16 or 32 by task; how is not documented",
-        reported=BEST_OF_10,
-        differs=(DROPOUT, "FacT shares its factors among all layers and Linears: its ranks and scales only"),
-    ),
-    Recipe(
-        "repadapter",
-        "luogen1996/RepAdapter train.py, configs/repblock",
-        "adapter",
-        COMMON,
-        {"rank": 8, "where": "houlsby"},
-        scale_by_task=(0.1, 5, 1, 0.5, 0.1, 10, 0.1, 1, 1, 5, 0.1, 0.5, 0.1, 5, 5, 5, 0.1, 10, 1),
-        searched="scale in 0.1, 0.5, 1, 5, 10 by task (scripts/search_rep*.sh)",
-        reported=BEST_OF_10,
-        differs=(
-            DROPOUT,
-            "RepAdapter is linear, grouped, before attention and MLP, its norm in the loss: its scales only",
-        ),
-    ),
-    Recipe(
-        "repadapter-attn",
-        "luogen1996/RepAdapter train.py, configs/repattn",
-        "adapter",
-        {**COMMON, "targets": "attention"},
-        {"rank": 8, "where": "houlsby"},
-        scale_by_task=(0.1, 10, 0.1, 0.5, 0.5, 10, 0.1, 0.5, 5, 0.1, 0.5, 1, 0.1, 5, 1, 10, 5, 10, 1),
-        searched="scale in 0.1, 0.5, 1, 5, 10 by task (scripts/search_rep*.sh)",
-        reported=BEST_OF_10,
-        differs=(DROPOUT, "RepAdapter is linear, grouped, before attention, its norm in the loss: its scales only"),
-    ),
-    Recipe(
-        "bi-lora",
-        "JieShibo/PETL-ViT binary_adapter/lora.py, configs/lora/*-bit1-dim32.yaml",
-        "lora",
-        {**COMMON, "norm": "none"},
-        {"rank": 32, "alpha": 32.0},
-        scale_by_task=(0.1, 10, 0.01, 1, 0.1, 10, 0.1, 10, 10, 10, 10, 1, 0.1, 10, 10, 1, 0.1, 10, 1),
-        searched="scale in 0.01, 0.1, 1, 10 by task; how is not documented",
-        reported=BEST_OF_10,
-        differs=(DROPOUT, "their matrices have weights of 1 bit, and the scales belong to these: here full precision"),
-    ),
-    Recipe(
-        "bi-adaptformer",
-        "JieShibo/PETL-ViT binary_adapter/adaptformer.py, configs/adaptformer/*-bit1-dim32.yaml",
-        "adapter",
-        {**COMMON, "norm": "none"},
-        {"rank": 32, "where": "parallel"},
-        scale_by_task=(0.1, 10, 0.01, 1, 0.01, 10, 0.1, 1, 1, 10, 1, 1, 0.1, 1, 1, 1, 0.1, 1, 1),
-        searched="scale in 0.01, 0.1, 1, 10 by task; how is not documented",
-        reported=BEST_OF_10,
-        differs=(
-            DROPOUT,
-            "their matrices have weights of 1 bit, and the scales belong to these: here full precision",
-            "their adapter reads the residual stream before the norm and stands outside the drop-path",
-        ),
-    ),
-    Recipe(
-        "adapter-plus",
-        "visinf/adapter_plus conf/, modeling/adaptermodel.py",
-        "adapter",
-        {**COMMON, "norm": "model", "lr_start": 1e-5, "lr_min": 1e-6},
-        {"rank": 8, "where": "pfeiffer", "activation": "gelu"},
-        reported="the last epoch, seeds 18, 45, 25",
-        differs=(
-            "a trained scale for each channel, and drop-path on the adapter: neither is here",
-            "no weight decay on biases; both matrices start from N(0, 0.01): here all decay, and U = 0",
-            "their cosine starts where the warm-up ends; here it starts with the schedule",
-        ),
-    ),
-    Recipe(
-        "adapter-plus-ranks",
-        "visinf/adapter_plus conf/experiment/vtab/adapter_plus_dim1-32.yaml",
-        "adapter",
-        {**COMMON, "norm": "model", "lr_start": 1e-5, "lr_min": 1e-6},
-        {"rank": 8, "where": "pfeiffer", "activation": "gelu"},
-        rank_by_task=(1, 4, 2, 1, 8, 16, 1, 16, 2, 32, 32, 4, 8, 8, 8, 32, 4, 32, 8),
-        searched="rank in 1, 2, 4, 8, 16, 32 by task",
-        reported="the last epoch, seeds 18, 45, 25",
-        differs=("as adapter-plus",),
-    ),
-    Recipe(
-        "osu-lora",
-        "OSU-MLB/ViT_PEFT_Vision, default_vtab",
-        "lora",
-        OSU,
-        searched="lr in 1e-3, 1e-2; weight decay in 1e-4, 1e-3; rank in 1, 8, 16, 32, on val200",
-        reported="the last epoch, seed 42",
-        differs=(DROPOUT, "the defaults here are one point of their grid; --tune searches lr and scale"),
-    ),
-    Recipe(
-        "osu-adapter",
-        "OSU-MLB/ViT_PEFT_Vision, default_vtab",
-        "adapter",
-        OSU,
-        {"rank": 8, "where": "houlsby"},
-        searched="lr in 1e-3, 1e-2; weight decay in 1e-4, 1e-3; rank in 4 … 32; scale in 0.01, 0.1, 1, 10, on val200",
-        reported="the last epoch, seed 42",
-        differs=(DROPOUT, "the defaults here are one point of their grid; --tune searches lr and scale"),
-    ),
-    Recipe(
-        "osu-adaptformer",
-        "OSU-MLB/ViT_PEFT_Vision, default_vtab",
-        "adapter",
-        OSU,
-        {"rank": 16, "where": "parallel", "scale": 0.1},
-        searched="lr in 1e-3, 1e-2; weight decay in 1e-4, 1e-3; rank in 4, 16, 32; scale in 0.05, 0.1, 0.2, on val200",
-        reported="the last epoch, seed 42",
-        differs=(DROPOUT, "the defaults here are one point of their grid; --tune searches lr and scale"),
-    ),
-    Recipe(
-        "vpt-linear",
-        "KMnP/vpt tune_vtab.py, configs/base-linear.yaml; VPT, arXiv 2203.12119",
-        "linear_probe",
-        {**VPT, "lr": 1.0 * 64 / 256},
-        searched="lr in 0.05 … 50, times batch / 256; weight decay in 1e-2, 1e-3, 1e-4, 0, on val200",
-        reported="the last epoch, five seeds",
-        differs=(*VPT_DIFFERS, "their batch is 1,024, more than there are images: here 64"),
-    ),
-    Recipe(
-        "vpt-full",
-        "KMnP/vpt tune_vtab.py, configs/base-finetune.yaml; VPT, arXiv 2203.12119",
-        "full",
-        {**VPT, "optimizer": "adamw", "lr": 1e-3 * 64 / 256},
-        searched="lr in 1e-4, 5e-4, 1e-3, 5e-3, times batch / 256; weight decay in 1e-2, 1e-3, 1e-4, 0, on val200",
-        reported="the last epoch, five seeds",
-        differs=(*VPT_DIFFERS, "their batch is 384: here 64"),
-    ),
-    Recipe(
-        "vpt-bitfit",
-        "KMnP/vpt tune_vtab.py, configs/base-finetune.yaml; VPT, arXiv 2203.12119",
-        "bitfit",
-        {**VPT, "optimizer": "adamw", "lr": 1e-3 * 64 / 256},
-        searched="lr in 1e-4, 5e-4, 1e-3, 5e-3, times batch / 256; weight decay in 1e-2, 1e-3, 1e-4, 0, on val200",
-        reported="the last epoch, five seeds",
-        differs=(*VPT_DIFFERS, "their batch is 384: here 64"),
-    ),
-)
+    NOAH_LORA, NOAH_ADAPTER, CONVPASS, FACT_TK, REPADAPTER, REPADAPTER_ATTN, BI_LORA, BI_ADAPTFORMER, ADAPTER_PLUS,
+    ADAPTER_PLUS_RANKS, OSU_LORA, OSU_ADAPTER, OSU_ADAPTFORMER, VPT_LINEAR, VPT_FULL,
+    replace(VPT_FULL, name="vpt-bitfit", method="bitfit"),
+)  # fmt: skip
 RECIPES = {recipe.name: recipe for recipe in _ROWS}
 
 
@@ -310,12 +289,12 @@ def scales() -> str:
     """The factors on the delta that authors chose by task, as Markdown."""
     columns = [recipe for recipe in RECIPES.values() if recipe.scale_by_task or recipe.rank_by_task]
     rows = [f"| task | {' | '.join(recipe.name for recipe in columns)} |", "|---" * (len(columns) + 1) + "|"]
-    for i, task in enumerate(name for name, row in TASKS.items() if row.group != "extra"):
+    for i, task in enumerate(VTAB):
         cells = []
         for recipe in columns:
             rank = [f"rank {recipe.rank_by_task[i]}"] if recipe.rank_by_task else []
             cells.append(", ".join(rank + ([f"{recipe.scale_by_task[i]:g}"] if recipe.scale_by_task else [])))
-        rows.append(f"| {task} | {' | '.join(cells)} |")
+        rows.append(f"| {task.id} | {' | '.join(cells)} |")
     return "\n".join(rows)
 
 

@@ -6,32 +6,29 @@ adapter.safetensors, curve.png, predictions.png, predictions.npz, result.json   
 tuning.json, trials/    with --tune: what was tried, and a run folder for each trial
 """
 
+import contextlib
 import json
 import platform
 import subprocess
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from filelock import FileLock, Timeout
 
 import capavision as cv
 from capavision.files import replacing
 from vtab import labels, plots, protocol, recipes
 from vtab.config import Config, young_fields
-from vtab.data import Split
 from vtab.evaluate import accuracy, predict
 from vtab.setup import Setup
+from vtab.textfile import read_json, write
 
 SHOWN = 16  # test images in predictions.png
 BEGUN = ("checkpoint.safetensors", "adapter.safetensors", "result.json", "tuning.json")  # with config.json: a run's
-
-
-def write(path: Path, text: str) -> None:
-    """Write a text file whole or not at all."""
-    with replacing(path) as temporary:
-        temporary.write_text(text)
 
 
 def write_metrics(folder: Path, history: list[dict[str, Any]]) -> None:
@@ -47,10 +44,9 @@ def check(folder: Path, config: Config) -> None:
     """
     written, settings = folder / "config.json", json.loads(json.dumps(config.record()))
     if written.is_file() and any((folder / name).is_file() for name in BEGUN):
-        try:
-            found = json.loads(written.read_text())
-        except ValueError as error:
-            raise ValueError(f"{written} is damaged ({error}); give this run another --name") from error
+        found = read_json(written)
+        if not isinstance(found, dict):
+            raise ValueError(f"{written} holds no settings; give this run another --name")
         found = young_fields() | found
         shaping = (settings.keys() | found.keys()) - {"out", "cache"}
         changed = sorted(k for k in shaping if settings.get(k) != found.get(k))
@@ -70,15 +66,36 @@ def claim(folder: Path, config: Config) -> None:
         write(folder / "config.json", json.dumps(config.record(), indent=1))
 
 
+@contextlib.contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """The folder, made if need be, for this process only; gone afterwards if no epoch was finished in it.
+
+    Raises:
+        ValueError: another process has it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / ".lock", blocking=False)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise ValueError(f"another process trains in {folder}; wait for it, or give this run another --name") from None
+    try:
+        yield
+    finally:
+        forget(folder)  # under the lock: a folder with nothing but settings may be another's first epoch
+        lock.release()
+
+
 def forget(folder: Path) -> None:
     """Remove the folder of a run that finished no epoch: a refused command leaves nothing behind."""
     ours = {"config.json", ".lock"}
     if (folder / "trials").is_dir() and not any((folder / "trials").iterdir()):
         (folder / "trials").rmdir()
     if folder.is_dir() and {path.name for path in folder.iterdir()} <= ours:
-        for name in ours:
-            (folder / name).unlink(missing_ok=True)
-        folder.rmdir()
+        with contextlib.suppress(PermissionError):  # Windows keeps the file of a lock that is held
+            for name in ours:
+                (folder / name).unlink(missing_ok=True)
+            folder.rmdir()
 
 
 def conclude(
@@ -86,24 +103,23 @@ def conclude(
 ) -> dict[str, Any]:
     """The look at the split that judges the run, and the files that say what came out."""
     config, data = setup.config, setup.data
-    judged = "val" if config.stage == "tune" else "test"
-    split = data.splits[judged].head(config.test_limit if judged == "test" else None)
+    split = setup.judged
     start = time.perf_counter()
     probabilities = predict(setup.model, split, setup.preprocessing)
     seconds = time.perf_counter() - start
     score = accuracy(probabilities, split.labels)
     write_predictions(folder / "predictions.npz", split.labels, probabilities)
-    pictures(setup, folder, history, split, probabilities)
+    pictures(setup, folder, history, probabilities)
     result = {
         "task": data.task,
-        "split": judged,
+        "split": setup.judge,
         "stage": config.stage,
         "protocol": config.protocol,
         "protocol_label": protocol.label(config) or None,
         "accuracy": score.percent,
         "interval95": score.interval,
         "images": score.total,
-        "images_in_full_split": len(data.splits[judged]),
+        "images_in_full_split": len(data.splits[setup.judge]),
         "method": labels.method(config),
         "recipe": config.recipe,
         "recipe_differs": recipes.find(config.recipe).unlike(data.task) if config.recipe else [],
@@ -125,17 +141,15 @@ def conclude(
     }
     write(folder / "result.json", json.dumps(result, indent=1))
     (folder / "checkpoint.safetensors").unlink(missing_ok=True)
-    said = f"{data.task} ({data.source}): {judged} top-1 {score}, {setup.report.trained:,} trained values"
+    said = f"{data.task} ({data.source}): {setup.judge} top-1 {score}, {setup.report.trained:,} trained values"
     print("\n".join(filter(None, (said, protocol.label(config), str(folder)))))
     return result
 
 
-def pictures(
-    setup: Setup, folder: Path, history: list[dict[str, Any]], split: Split, probabilities: np.ndarray
-) -> None:
+def pictures(setup: Setup, folder: Path, history: list[dict[str, Any]], probabilities: np.ndarray) -> None:
     """curve.png and predictions.png."""
-    config, data, percent = setup.config, setup.data, accuracy(probabilities, split.labels).percent
-    judged, label = "val" if config.stage == "tune" else "test", protocol.label(config)
+    config, data, judged, split = setup.config, setup.data, setup.judge, setup.judged
+    percent, label = accuracy(probabilities, split.labels).percent, protocol.label(config)
     title = f"{data.task} ({data.source}), {config.model}, {labels.method(config)}" + (f"\n{label}" if label else "")
     what = f"{judged}, best of {config.looks} looks" if label else f"{judged}, looked at once"
     plots.curve(folder / "curve.png", history, (what, protocol.judged(history), percent), title)
@@ -155,10 +169,8 @@ def environment(device: torch.device) -> dict[str, Any]:
     """Versions, machine and commit, for the record."""
     import timm
 
-    git = ["git", "-C", str(Path(cv.__file__).resolve().parent), "describe", "--always", "--dirty", "--abbrev=40"]
-    commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
     return {
-        "commit": commit or None,
+        "commit": commit(Path(cv.__file__).resolve()),
         "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
         "peak_memory_mb": peak_memory(device),
         "device": f"{device} ({torch.cuda.get_device_name(device) if device.type == 'cuda' else platform.machine()})",
@@ -169,6 +181,20 @@ def environment(device: torch.device) -> dict[str, Any]:
         "timm": timm.__version__,
         "numpy": np.__version__,
     }
+
+
+def commit(file: Path) -> str | None:
+    """The commit that holds `file`, with -dirty if the checkout differs from it; None where git tells of none."""
+
+    def git(*argv: str) -> str:
+        command = ["git", "-C", str(file.parent), *argv]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        git("ls-files", "--error-unmatch", file.name)  # installed below another project, it would name that one's
+        return git("describe", "--always", "--dirty", "--abbrev=40")
+    except (OSError, subprocess.CalledProcessError):  # no git on this machine; no checkout
+        return None
 
 
 def peak_memory(device: torch.device) -> float | None:

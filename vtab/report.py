@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vtab import cli, latex, page, tables, terminal
+from vtab.gather import read_all
 from vtab.published import Published, choose
-from vtab.record import write
 from vtab.rows import Row, arrange
-from vtab.runs import Problem, read_all
+from vtab.runs import Problem
+from vtab.textfile import write
 
 
 @dataclass(frozen=True)

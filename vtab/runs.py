@@ -1,25 +1,20 @@
-"""Run folders, read back: what finished, and what did not and why.
-
-A run folder is whatever holds a result.json, or a config.json of ours. Nothing in one is trusted: it may be half
-written, from another version, or not ours at all.
-"""
+"""A finished run, as its folder tells of it: what the report needs to know to compare it with others."""
 
 import dataclasses
 import json
-import math
-import zipfile
-from collections.abc import Iterable, Sequence
+from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-import capavision as cv
 from vtab.config import Config
-from vtab.evaluate import Accuracy
+from vtab.labels import recorded
+from vtab.lists import LENGTHS
 from vtab.tasks import TASKS
 
+CURVES = ("accuracy", "val_accuracy", "test_accuracy")  # of an epoch, in percent: on training, val200 and test images
 ELSEWHERE = {"task", "method", "seed", "out", "name", "device", "data_root", "split_file"}  # no setting of the training
 
 
@@ -57,7 +52,7 @@ class Run:
 
     @property
     def method(self) -> str:
-        return self.result.get("method") or method_label(self.config)
+        return self.result.get("method") or recorded(self.config)
 
     @property
     def honest(self) -> bool:
@@ -91,10 +86,8 @@ class Run:
         sizes, task = self.result["data"].get("splits") or {}, TASKS.get(self.task)
         if not sizes or task is None or task.group == "extra":
             return bool(self.config.get("partial"))
-        full = {"train": (800,), "val": (200,), "trainval": (1000,)}
-        # TFDS has one image less of Caltech101 than the archive that circulates.
-        full["test"] = (6084, 6085) if self.task == "caltech101" else (task.test_images,)
-        return any(name in sizes and sizes[name] not in known for name, known in full.items())
+        full = {split: (length,) for split, length in LENGTHS.items()} | {"test": task.test_lengths}
+        return any(sizes.get(split, lengths[0]) not in lengths for split, lengths in full.items())
 
     @property
     def base(self) -> dict[str, Any]:
@@ -107,6 +100,11 @@ class Run:
         usual = {f.name: f.default for f in dataclasses.fields(Config) if f.default is not dataclasses.MISSING}
         flat = {key: value for key, value in (usual | self.config).items() if key not in ELSEWHERE}
         flat |= {f"method.{key}": value for key, value in self.config["method"].items()}
+        tried: dict[str, set[str]] = defaultdict(set)
+        for trial in (self.result.get("tuning") or {}).get("trials", []):  # each run may have chosen another of these
+            for key, value in trial["settings"].items():
+                tried[key if key in flat else f"method.{key}"].add(json.dumps(value))
+        flat |= {key: f"one of {', '.join(sorted(values))}" for key, values in tried.items()}
         return {key: value if isinstance(value, str) else json.dumps(value) for key, value in flat.items()}
 
 
@@ -116,150 +114,3 @@ class Problem:
 
     folder: Path
     text: str
-
-
-def method_label(config: dict[str, Any]) -> str:
-    """A short name for records that have none: the method, then what differs from its defaults.
-
-    >>> method_label({"method": {"name": "lora", "rank": 8, "branches": 2, "masks": "random"}, "targets": None})
-    'capaboost-lora r8 x2'
-    """
-    method = config["method"]
-    known, branches = cv.Method.known.get(method["name"]), method.get("branches", 1)
-    shared = {"branches": branches} if "branches" in method else {}  # decides the default density
-    try:
-        defaults = dataclasses.asdict(known(**shared)) if known else {}  # type: ignore[call-overload]
-    except (TypeError, ValueError):  # a record of another version
-        defaults = {}
-    words = [("capaboost-" if branches > 1 else "") + method["name"]]
-    words += [f"r{method['rank']}"] if "rank" in method else []
-    words += [f"x{branches}"] if branches > 1 else []
-    said = {"name", "rank", "branches"}
-    words += [f"{key}={value}" for key, value in method.items() if key not in said and value != defaults.get(key)]
-    words += [f"{key}={config[key]}" for key in ("targets", "parts") if config.get(key)]
-    return " ".join(words)
-
-
-def read_all(roots: Sequence[Path]) -> tuple[list[Run], list[Problem]]:
-    """Every run below the folders, each once, in the order of their paths; and what could not be used.
-
-    Raises:
-        ValueError: a folder that is not there, or none that holds a finished run.
-    """
-    for root in roots:
-        if not root.is_dir():
-            raise ValueError(f"{root} is no folder; give the folder of your runs, such as runs/")
-    runs, problems = [], []
-    for folder in _folders(roots):
-        try:
-            run, remarks = _read(folder)
-        except (ValueError, OSError) as error:
-            problems.append(Problem(folder, " ".join(str(error).split())))
-        else:
-            runs.append(run)
-            problems += remarks
-    if not runs:
-        unfit = "".join(f"; {p.folder.name}: {p.text}" for p in problems[:3])
-        raise ValueError(f"no finished run in {', '.join(map(str, roots))}{unfit}")
-    return runs, problems
-
-
-def _folders(roots: Iterable[Path]) -> list[Path]:
-    found = {}
-    for root in roots:
-        for path in (*root.rglob("result.json"), *root.rglob("config.json")):
-            trial = path.parent.parent  # of --tune, inside the run that it is part of
-            if trial.name == "trials" and (trial.parent / "config.json").is_file():
-                continue
-            if path.name == "result.json" or _ours(path):
-                found.setdefault(path.parent.resolve(), path.parent)
-    return sorted(found.values())
-
-
-def _ours(path: Path) -> bool:
-    """Is this config.json a run's? One that cannot be read counts if metrics or a checkpoint lie beside it."""
-    try:
-        config = json.loads(path.read_bytes())
-    except ValueError:
-        return any((path.parent / name).exists() for name in ("metrics.jsonl", "checkpoint.safetensors", ".lock"))
-    return isinstance(config, dict) and isinstance(config.get("method"), dict) and "task" in config
-
-
-def _read(folder: Path) -> tuple[Run, list[Problem]]:
-    if not (folder / "result.json").is_file():
-        done = _lines(folder / "metrics.jsonl")
-        raise ValueError(f"unfinished, {done} epochs done; the command that began it goes on")
-    try:
-        result = json.loads((folder / "result.json").read_bytes())
-    except ValueError as error:
-        raise ValueError(f"result.json is damaged ({error})") from error
-    _check(result)
-    remarks = []
-    history, labels, predicted = [], None, None
-    try:
-        history = _history(folder / "metrics.jsonl")
-    except (ValueError, OSError) as error:
-        remarks.append(Problem(folder, f"metrics.jsonl is damaged ({error}): no learning curve"))
-    if (folder / "predictions.npz").exists():
-        try:
-            labels, predicted = _predictions(folder / "predictions.npz", result)
-        except (ValueError, OSError, KeyError, EOFError, zipfile.BadZipFile) as error:
-            remarks.append(Problem(folder, f"predictions.npz is damaged ({error}): no confusion matrix"))
-    return Run(folder, result, history, labels, predicted), remarks
-
-
-def _check(result: Any) -> None:
-    """Raise ValueError unless result.json has what the table needs, of the right kinds."""
-    if not isinstance(result, dict):
-        raise ValueError("result.json is no record of a run")
-    if "method" in result and not isinstance(result["method"], str):
-        raise ValueError(f"result.json has no valid 'method': {result['method']!r}")
-    kinds = {"task": str, "accuracy": (int, float), "images": int, "trained_parameters": int, "data": dict}
-    kinds |= {"config": dict}
-    for name, kind in kinds.items():
-        if not isinstance(result.get(name), kind) or isinstance(result[name], bool):
-            raise ValueError(f"result.json has no valid {name!r}: {result.get(name)!r}")
-    method = result["config"].get("method")
-    if not isinstance(method, dict) or not isinstance(method.get("name"), str) or not _count(method.get("branches", 1)):
-        raise ValueError(f"result.json names no method: {method!r}")
-    if not isinstance(result.get("seed", result["config"].get("seed", 0)), int):
-        raise ValueError("result.json has a seed that is no whole number")
-    for name in ("base", "environment", "preprocessing", "selection", "tuning"):
-        if not isinstance(result.get(name) or {}, dict):
-            raise ValueError(f"result.json has no valid {name!r}: {result[name]!r}")
-    percent, images = result["accuracy"], result["images"]
-    if images < 1 or not 0 <= percent <= 100 or not math.isfinite(percent):
-        raise ValueError(f"result.json has an accuracy of {percent} % over {images} images")
-    correct = percent * images / 100
-    if abs(correct - round(correct)) > 1e-3:
-        raise ValueError(f"result.json: {percent} % of {images} images is no whole number of images")
-
-
-def _count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
-
-
-def _lines(path: Path) -> int:
-    return len(path.read_bytes().splitlines()) if path.is_file() else 0
-
-
-def _history(path: Path) -> list[dict[str, Any]]:
-    if not path.is_file():
-        return []
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    for row in rows:
-        if not isinstance(row, dict) or not all(isinstance(row.get(k), int | float) for k in ("epoch", "accuracy")):
-            raise ValueError(f"no epoch and accuracy in {json.dumps(row)[:60]}")
-    return rows
-
-
-def _predictions(path: Path, result: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
-    with np.load(path, allow_pickle=False) as file:
-        labels, predicted = file["labels"], file["predicted"]
-    if labels.ndim != 1 or labels.shape != predicted.shape or {labels.dtype.kind, predicted.dtype.kind} - set("iu"):
-        raise ValueError(f"labels {labels.dtype}{labels.shape} and predicted {predicted.dtype}{predicted.shape}")
-    own = Accuracy(int((labels == predicted).sum()), len(labels))
-    judged = result.get("protocol", "honest") == "honest"  # the paper protocol's accuracy is of another epoch
-    if len(labels) != result["images"] or (judged and abs(own.percent - result["accuracy"]) > 1e-3):
-        raise ValueError(f"it holds {own}, result.json says {result['accuracy']:.1f} % of {result['images']:,}")
-    return labels.astype(int), predicted.astype(int)

@@ -12,7 +12,7 @@ import capavision as cv
 from capavision.base import fingerprint
 from vtab import backbones, cache
 from vtab.config import Config
-from vtab.data import Data, open_task
+from vtab.data import Data, Split, open_task
 from vtab.evaluate import Preprocessing
 
 
@@ -33,6 +33,16 @@ class Setup:
         """Where the model is."""
         return next(self.model.parameters()).device
 
+    @property
+    def judge(self) -> str:
+        """The split that judges the run."""
+        return "val" if self.config.stage == "tune" else "test"
+
+    @property
+    def judged(self) -> Split:
+        """Its images, the first --test-limit of them."""
+        return self.data.splits[self.judge].head(self.config.test_limit)
+
 
 def prepare(config: Config) -> Setup:
     """Data opened, model built and injected: everything that can be refused is refused here.
@@ -43,19 +53,26 @@ def prepare(config: Config) -> Setup:
     device = pick_device(config.device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    data = open_task(
-        config.task, config.data_root, seed=config.seed, partial=config.partial, split_file=config.split_file
-    )
-    data = cache.attach(data, config.cache)
+    data = cache.attach(open_data(config), config.cache)
     base = backbones.resolve(config.model, config.weights, config.img_size, config.seed)
     model = build(base, len(data.classes), config)
     preprocessing = Preprocessing.of(model, base, config.norm)
-    targets = [name.strip() for name in config.targets.split(",")] if config.targets else None
     example = torch.zeros(1, 3, preprocessing.size, preprocessing.size)
     try_size(model, example, config.model)
     checkpoint = identify(base, model, preprocessing.size)
-    report = cv.inject(model, config.method, targets, config.parts, seed=config.seed, example=example)
+    report = cv.inject(model, config.method, config.patterns, config.parts, seed=config.seed, example=example)
     return Setup(config, data, base, checkpoint, model.to(device), report, preprocessing)
+
+
+def open_data(config: Config) -> Data:
+    """The run's task.
+
+    Raises:
+        ValueError: no such task; data that is not there, or does not fit.
+    """
+    return open_task(
+        config.task, config.data_root, seed=config.seed, partial=config.partial, split_file=config.split_file
+    )
 
 
 def build(base: cv.Base, num_classes: int, config: Config) -> nn.Module:

@@ -18,12 +18,12 @@ from filelock import FileLock, Timeout
 
 import capavision as cv
 from capavision.targets import near
-from vtab import cli
+from vtab import backbones, cli, setup
 from vtab.config import Config, parse
-from vtab.data import open_task
 from vtab.grid import GROUPS, OURS, SETTINGS, expand_methods, expand_tasks
+from vtab.ledger import Ledger, Run
 from vtab.seeds import parse as parse_seeds
-from vtab.work import Ledger, Place, Run, work
+from vtab.work import Place, work
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
@@ -33,10 +33,10 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     check_models(configs)
     if args.dry_run:
         for run in runs:
-            print(f"{'# done: ' if run.result() else ''}{run.command()}")
+            print(f"{'# done: ' if run.look() else ''}{run.command()}")
         return {"runs": [run.record() for run in runs]}
     for run in runs:
-        run.state = "done" if run.result() else "waiting"
+        run.look()
     check_data([config for config, run in zip(configs, runs, strict=True) if run.state == "waiting"])
     args.out.mkdir(parents=True, exist_ok=True)
     ledger = Ledger(args.out, runs, partial(print, flush=True))
@@ -142,8 +142,6 @@ def check_models(configs: Iterable[Config]) -> None:
     Raises:
         ValueError: an unknown model or tag, targets that are not there, a setting that the hosts do not take.
     """
-    from vtab import backbones, setup
-
     seen = set()
     for config in configs:
         key = (config.model, config.img_size, config.drop_path, config.method, config.targets, config.parts)
@@ -151,11 +149,10 @@ def check_models(configs: Iterable[Config]) -> None:
             continue
         seen.add(key)
         base = backbones.resolve(config.model, config.weights, config.img_size, config.seed)
-        targets = [name.strip() for name in config.targets.split(",")] if config.targets else None
         try:
             with torch.device("meta"):
                 model = setup.build(dataclasses.replace(base, weights="random"), 10, config)
-                cv.inject(model, config.method, targets, config.parts)
+                cv.inject(model, config.method, config.patterns, config.parts)
         except (RuntimeError, NotImplementedError):  # what the meta device cannot do says nothing about the run
             continue
 
@@ -173,9 +170,7 @@ def check_data(configs: Iterable[Config]) -> None:
             continue
         checked.add(config.task)
         try:
-            open_task(
-                config.task, config.data_root, seed=config.seed, partial=config.partial, split_file=config.split_file
-            )
+            setup.open_data(config)
         except (ValueError, OSError) as error:
             problems[config.task] = str(error)
     if problems:

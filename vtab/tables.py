@@ -5,9 +5,10 @@ import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from vtab.averages import AVERAGES, VTAB
 from vtab.published import Published
-from vtab.rows import AVERAGES, GROUPS, VTAB, Row
-from vtab.tasks import TASKS
+from vtab.rows import Row
+from vtab.tasks import GROUPS, TASKS
 
 GENERATED = "generated, not dSprites"
 MEANS = {"natural": "Nat.", "specialized": "Spec.", "structured": "Struct.", "groups": "Groups", "all": "All 19"}

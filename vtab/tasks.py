@@ -37,6 +37,11 @@ class Task:
         """Every name a folder or a command may use, the canonical one first."""
         return (self.id, *self.aliases)
 
+    @property
+    def test_lengths(self) -> tuple[int, ...]:
+        """How long a whole test split may be."""
+        return (self.test_images, *self.other_test_images)
+
 
 _ROWS = (
     Task("cifar", "natural", 100, 10_000, "CIFAR-100", "cifar100:3.*.*", "train[45000:45200]",
@@ -84,6 +89,9 @@ _ROWS = (
 )  # fmt: skip
 TASKS = {task.id: task for task in _ROWS}
 VTAB = tuple(task for task in _ROWS if task.group != "extra")
+GROUPS = {
+    group: [task.id for task in VTAB if task.group == group] for group in ("natural", "specialized", "structured")
+}
 
 
 def _plain(name: str) -> str:

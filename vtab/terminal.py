@@ -3,9 +3,10 @@
 from collections.abc import Sequence
 from typing import Any
 
-from vtab.rows import AVERAGES, GROUPS, VTAB
+from vtab.averages import AVERAGES, VTAB
 from vtab.runs import Problem
 from vtab.tables import MEANS, NOTES, Line, having
+from vtab.tasks import GROUPS
 
 SHORT = {  # headings of six letters, for terminals
     "cifar": "CIFAR", "caltech101": "Calt.", "dtd": "DTD", "oxford_flowers102": "Flow.", "oxford_iiit_pet": "Pets",

@@ -5,7 +5,6 @@ The protocol: choose settings with --stage tune (train on 800, watch val200), th
 --seeds 3 does it three times over.
 """
 
-import json
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -14,7 +13,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from filelock import FileLock, Timeout
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -25,6 +23,7 @@ from vtab.config import Config
 from vtab.evaluate import autocast
 from vtab.schedule import Schedule, make_optimizer
 from vtab.setup import Setup, prepare
+from vtab.textfile import read_json
 
 Clock = Callable[[str], AbstractContextManager[Any]]
 
@@ -44,22 +43,16 @@ def run(config: Config, tuning: dict[str, Any] | None = None) -> dict[str, Any]:
     """
     folder = config.folder()
     record.check(folder, config)
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        with FileLock(folder / ".lock", blocking=False):
-            record.claim(folder, config)
-            if (folder / "result.json").is_file():
-                print(f"{folder} is finished already; --name another, or delete it to train again")
-                done: dict[str, Any] = json.loads((folder / "result.json").read_text())
-                return done
-            if config.tune:
-                tuning = tune.search(config, folder, attempt, tuning)
-                config = tune.chosen(config, tuning)
-            return train(config, folder, tuning)
-    except Timeout:
-        raise ValueError(f"another process trains in {folder}; wait for it, or give this run another --name") from None
-    finally:
-        record.forget(folder)
+    with record.alone(folder):
+        record.claim(folder, config)
+        if (folder / "result.json").is_file():
+            print(f"{folder} is finished already; --name another, or delete it to train again")
+            done: dict[str, Any] = read_json(folder / "result.json")
+            return done
+        if config.tune:
+            tuning = tune.search(config, folder, attempt, tuning)
+            config = tune.chosen(config, tuning)
+        return train(config, folder, tuning)
 
 
 def train(config: Config, folder: Path, tuning: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -69,7 +62,7 @@ def train(config: Config, folder: Path, tuning: dict[str, Any] | None = None) ->
     if label := protocol.label(config):
         print(label)
     if config.stage == "final":
-        setup.data.splits["test"].stored(setup.preprocessing.size)  # a damaged image is found now, not after training
+        setup.judged.stored(setup.preprocessing.size)  # a damaged image is found now, not after training
     history = learn(setup, folder, protocol.watcher(setup, folder))
     if config.protocol == "paper":
         cv.load(folder / "adapter.safetensors", setup.model)  # that of the best look

@@ -20,7 +20,7 @@ from typing import Any
 from vtab import checkpoint
 from vtab.config import Config
 from vtab.labels import scale_field
-from vtab.record import write
+from vtab.textfile import read_json, write
 
 Settings = dict[str, float]
 Attempt = Callable[[Config, Path, int], list[dict[str, Any]]]  # trains a trial up to an epoch; one record an epoch
@@ -148,7 +148,7 @@ def chosen(config: Config, tuning: dict[str, Any]) -> Config:
 def _begin(config: Config, folder: Path) -> dict[str, Any]:
     file = folder / "tuning.json"
     if file.is_file():
-        begun: dict[str, Any] = json.loads(file.read_text())
+        begun: dict[str, Any] = read_json(file)
         return begun
     points = grid(config)
     for point in points:

@@ -1,24 +1,21 @@
-"""Many runs, worked off: each tried twice, the state of all of them in one file, whatever dies on the way.
+"""Many runs, worked off: each tried twice, whatever dies on the way.
 
 Where the runs are worked on is a `Place`: this machine (vtab/local.py), a Ray cluster (on_ray.py), Slurm (on_slurm.py).
 """
 
 import contextlib
 import errno
-import json
-import os
-import shlex
 import shutil
 import signal
 import time
-from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from vtab.leash import PAUSE, Task, tail
-from vtab.record import write
+from vtab.leash import PAUSE, tail
+from vtab.ledger import Ledger, Run
 
 TRIES = 2
 LEAST_FREE_MB = 64
@@ -45,61 +42,6 @@ class Outcome:
         return cls(f"killed by {signal.Signals(-status).name}{why}")
 
 
-@dataclass(eq=False)
-class Run:
-    """One command line of vtab.train, and how far it is."""
-
-    label: str  # "digits lora seed 0"
-    argv: tuple[str, ...]
-    folder: Path
-    state: str = "waiting"  # running, done, failed
-    attempts: int = 0
-    started: float = 0.0
-    seconds: float = 0.0  # of the last attempt
-    reason: str = ""
-    last_lines: list[str] = field(default_factory=list)
-
-    @property
-    def log(self) -> Path:
-        """Beside the run folders, not in one: there vtab.train wants its own files only."""
-        return self.folder.parent / "logs" / f"{self.folder.name}.log"
-
-    def task(self, threads: int) -> Task:
-        """What a process needs to know."""
-        return Task(self.argv, self.log, threads, os.getcwd())
-
-    def command(self) -> str:
-        """As one would type it."""
-        return f"python -m vtab.train {shlex.join(self.argv)}"
-
-    def result(self) -> dict[str, Any] | None:
-        """result.json; None where there is none, or none that can be read."""
-        with contextlib.suppress(OSError, ValueError):
-            found = json.loads((self.folder / "result.json").read_text())
-            return found if isinstance(found, dict) else None
-        return None
-
-    def peak_memory_mb(self) -> float | None:
-        """What the finished run recorded; None before, and on a CPU."""
-        peak = (self.result() or {}).get("environment", {}).get("peak_memory_mb")
-        return float(peak) if peak else None
-
-    def record(self) -> dict[str, Any]:
-        """Its entry in sweep.json."""
-        accuracy = (self.result() or {}).get("accuracy") if self.state == "done" else None
-        return {
-            "run": self.folder.name,
-            "label": self.label,
-            "state": self.state,
-            "accuracy": accuracy,
-            "attempts": self.attempts,
-            "seconds": round(self.seconds, 1),
-            "reason": self.reason,
-            "log": f"logs/{self.log.name}",
-            "command": self.command(),
-        }
-
-
 class Place(Protocol):
     """Where runs are worked on."""
 
@@ -117,30 +59,6 @@ class Place(Protocol):
 
     def crowded(self, run: Run) -> None:
         """Told that a run found no memory."""
-
-
-class Ledger:
-    """The state of every run, written whole to sweep.json at each change."""
-
-    def __init__(self, out: Path, runs: Sequence[Run], say: Callable[[str], None] = print) -> None:
-        self.path, self.runs, self.say = out / "sweep.json", runs, say
-        self.width = len(str(len(runs)))
-
-    def write(self) -> dict[str, Any]:
-        """Write and return it."""
-        counts = Counter(run.state for run in self.runs)
-        summary = {
-            "counts": {state: counts[state] for state in ("done", "failed", "running", "waiting")},
-            "updated": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-            "runs": [run.record() for run in self.runs],
-        }
-        write(self.path, json.dumps(summary, indent=1))
-        return summary
-
-    def tell(self, run: Run, text: str) -> None:
-        """One line about a run; the number is that of finished runs."""
-        ended = sum(r.state in ("done", "failed") for r in self.runs)
-        self.say(f"[{ended:>{self.width}}/{len(self.runs)}] {run.label}: {text}")
 
 
 def work(runs: Sequence[Run], place: Place, ledger: Ledger) -> None:
@@ -175,7 +93,8 @@ def work(runs: Sequence[Run], place: Place, ledger: Ledger) -> None:
     finally:
         place.stop(list(running.values()))
         for run in running:
-            run.state = "done" if run.result() else "waiting"
+            if not run.look():
+                run.state = "waiting"
         with contextlib.suppress(OSError):
             ledger.write()
 
@@ -189,10 +108,8 @@ def _ended(running: dict[Run, Any], place: Place) -> Iterator[tuple[Run, Outcome
 
 def _settle(run: Run, outcome: Outcome, place: Place, ledger: Ledger) -> None:
     run.seconds = time.monotonic() - run.started
-    result = run.result()
-    if result is not None:  # whatever became of the process afterwards
-        run.state, run.reason = "done", ""
-        ledger.tell(run, f"{result.get('accuracy', float('nan')):.1f} %, {run.seconds:.0f} s")
+    if run.look():  # whatever became of the process afterwards
+        ledger.tell(run, f"{run.accuracy:.1f} %, {run.seconds:.0f} s")
         return
     run.reason = outcome.reason or "it ended without a result"
     run.last_lines = tail(run.log)

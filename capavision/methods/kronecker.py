@@ -37,7 +37,7 @@ class Kronecker(Structured, Method):
     """Kronecker ΔW, or a Kronecker adapter; see `capavision.structured.Structured` for the fields all share.
 
     split: r in the equation, a divisor of both sides of every host; None takes each host's best.
-    alpha: factor on M, see Structured. Default's reason: 87.5 % of val200, where 1 gives 72.5 %, docs/structured.md.
+    alpha: factor on M; 10 gives 87.5 % of val200, 1 gives 72.5 %, see docs/structured.md.
 
     Default hosts: q and v of every attention; without attention every Linear, else every conv.
 

@@ -1,0 +1,171 @@
+"""Run folders, read back: what finished, and what did not and why.
+
+A run folder is whatever holds a result.json, or a config.json of ours. Nothing in one is trusted: it may be half
+written, from another version, or not ours at all.
+"""
+
+import json
+import os
+import re
+import zipfile
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vtab.evaluate import Accuracy
+from vtab.runs import CURVES, Problem, Run
+from vtab.textfile import LIMIT, read, read_json
+
+MOST_CLASSES = 5000  # of a confusion matrix
+NEEDED: dict[str, Any] = {  # in result.json, and of what kind
+    "task": str,
+    "accuracy": int | float,
+    "images": int,
+    "trained_parameters": int,
+    "data": dict,
+    "config": dict,
+    "config.method": dict,
+    "config.method.name": str,
+}
+OPTIONAL: dict[str, Any] = {  # what older records lack, or only some runs have
+    "method": str,
+    "seed": int,
+    "images_in_full_split": int,
+    "recipe_differs": list,
+    **dict.fromkeys(("base", "environment", "preprocessing", "selection", "tuning"), dict | None),
+    "tuning.chosen": dict | None,
+    "tuning.trials": list,
+    "data.source": str,
+    "data.splits": dict | None,
+    "config.task": str,
+    "config.seed": int,
+    "config.test_limit": int | None,
+    "config.recipe": str | None,
+    "config.method.branches": int,
+    "config.method.rank": int,
+}
+
+
+def read_all(roots: Sequence[Path]) -> tuple[list[Run], list[Problem]]:
+    """Every run below the folders, each once, in the order of their paths; and what could not be used.
+
+    Raises:
+        ValueError: a folder that is not there, or none that holds a finished run.
+    """
+    for root in roots:
+        if not root.is_dir():
+            raise ValueError(f"{root} is no folder; give the folder of your runs, such as runs/")
+    runs, problems = [], []
+    for folder in _folders(roots):
+        try:
+            run, remarks = _read(folder)
+        except (ValueError, OSError) as error:
+            problems.append(Problem(folder, " ".join(str(error).replace(f"{folder}{os.sep}", "").split())))
+        else:
+            runs.append(run)
+            problems += remarks
+    if not runs:
+        unfit = "".join(f"; {p.folder.name}: {p.text}" for p in problems[:3])
+        raise ValueError(f"no finished run in {', '.join(map(str, roots))}{unfit}")
+    return runs, problems
+
+
+def _folders(roots: Iterable[Path]) -> list[Path]:
+    found = {}
+    for root in roots:
+        for path in (*root.rglob("result.json"), *root.rglob("config.json")):
+            trial = path.parent.parent  # of --tune, inside the run that it is part of
+            if trial.name == "trials" and (trial.parent / "config.json").is_file():
+                continue
+            if path.name == "result.json" or _ours(path):
+                found.setdefault(path.parent.resolve(), path.parent)
+    return sorted(found.values())
+
+
+def _ours(path: Path) -> bool:
+    """Is this config.json a run's? One that cannot be read counts if metrics or a checkpoint lie beside it."""
+    try:
+        config = read_json(path)
+    except ValueError:
+        return any((path.parent / name).exists() for name in ("metrics.jsonl", "checkpoint.safetensors", ".lock"))
+    return isinstance(config, dict) and isinstance(config.get("method"), dict) and "task" in config
+
+
+def _read(folder: Path) -> tuple[Run, list[Problem]]:
+    if not (folder / "result.json").is_file():
+        done = _lines(folder / "metrics.jsonl")
+        raise ValueError(f"unfinished, {done} epochs done; the command that began it goes on")
+    result = read_json(folder / "result.json")
+    _check(result)
+    remarks = []
+    history, labels, predicted = [], None, None
+    try:
+        history = _history(folder / "metrics.jsonl")
+    except (ValueError, OSError, RecursionError) as error:
+        remarks.append(Problem(folder, f"metrics.jsonl is damaged ({error}): no learning curve"))
+    if (folder / "predictions.npz").exists():
+        try:
+            labels, predicted = _predictions(folder / "predictions.npz", result)
+        except (ValueError, OSError, KeyError, EOFError, MemoryError, zipfile.BadZipFile) as error:
+            remarks.append(Problem(folder, f"predictions.npz is damaged ({error}): no confusion matrix"))
+    return Run(folder, result, history, labels, predicted), remarks
+
+
+def _check(result: Any) -> None:
+    """Raise ValueError unless result.json has what table and page need, of the right kinds."""
+    if not isinstance(result, dict):
+        raise ValueError("result.json is no record of a run")
+    if re.search(r"\\u00[01]|[\x7f-\x9f]", json.dumps(result, ensure_ascii=False)):
+        raise ValueError("result.json holds control characters, which would steer the terminal")
+    for name, kind in (NEEDED | OPTIONAL).items():
+        *parents, last = name.split(".")
+        place = result
+        for parent in parents:
+            place = place.get(parent) or {}
+        absent = last not in place and name in OPTIONAL
+        if not absent and (not isinstance(place.get(last), kind) or isinstance(place[last], bool)):
+            raise ValueError(f"result.json has no valid {name!r}: {place.get(last)!r}")
+    trials = (result.get("tuning") or {}).get("trials", [])
+    if not all(isinstance(trial, dict) and isinstance(trial.get("settings"), dict) for trial in trials):
+        raise ValueError("result.json has trials of --tune without settings")
+    percent, images = result["accuracy"], result["images"]
+    if images < 1 or not 0 <= percent <= 100:
+        raise ValueError(f"result.json has an accuracy of {percent} % over {images} images")
+    correct = percent * images / 100
+    if abs(correct - round(correct)) > 1e-3:
+        raise ValueError(f"result.json: {percent} % of {images} images is no whole number of images")
+
+
+def _lines(path: Path) -> int:
+    return len(read(path).splitlines()) if path.is_file() else 0
+
+
+def _history(path: Path) -> list[dict[str, Any]]:
+    if not path.is_file():
+        return []
+    rows = [json.loads(line) for line in read(path).splitlines() if line.strip()]
+    for row in rows:
+        if not isinstance(row, dict) or not isinstance(row.get("epoch"), int) or "accuracy" not in row:
+            raise ValueError(f"no epoch and accuracy in {json.dumps(row)[:60]}")
+        percents = [row[key] for key in CURVES if key in row]
+        if not 0 < row["epoch"] < 10**6 or not all(isinstance(p, int | float) and 0 <= p <= 100 for p in percents):
+            raise ValueError(f"an epoch or accuracy out of range in {json.dumps(row)[:60]}")
+    return rows
+
+
+def _predictions(path: Path, result: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+    with np.load(path, allow_pickle=False) as file:
+        size = sum(member.file_size for member in file.zip.infolist())
+        if size > LIMIT:
+            raise ValueError(f"it unpacks to {size:,} bytes")
+        labels, predicted = file["labels"], file["predicted"]
+    if labels.ndim != 1 or labels.shape != predicted.shape or {labels.dtype.kind, predicted.dtype.kind} - set("iu"):
+        raise ValueError(f"labels {labels.dtype}{labels.shape} and predicted {predicted.dtype}{predicted.shape}")
+    if max(labels.max(initial=0), predicted.max(initial=0)) >= MOST_CLASSES or min(labels.min(), predicted.min()) < 0:
+        raise ValueError(f"classes are 0 … {MOST_CLASSES - 1} at most")
+    own = Accuracy(int((labels == predicted).sum()), len(labels))
+    if len(labels) != result["images"] or abs(own.percent - result["accuracy"]) > 1e-3:
+        raise ValueError(f"it holds {own}, result.json says {result['accuracy']:.1f} % of {result['images']:,}")
+    return labels.astype(int), predicted.astype(int)

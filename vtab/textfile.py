@@ -1,0 +1,52 @@
+"""Small text files: read within bounds, with the file's name in every complaint; written whole or not at all."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from capavision.files import replacing
+
+LIMIT = 64 << 20  # bytes: a list of a million images
+
+
+def read(path: Path) -> str:
+    """The text of a file that anyone may have written.
+
+    Raises:
+        ValueError: more than 64 MiB, or no text.
+        OSError: no such file, or none that can be read.
+    """
+    with path.open("rb") as file:
+        found = file.read(LIMIT + 1)
+    if len(found) > LIMIT:
+        raise ValueError(f"{path} has more than {LIMIT:,} bytes, which makes no sense; replace it")
+    try:
+        return found.decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no text file ({error})") from error
+
+
+def read_json(path: Path) -> Any:
+    """The JSON of a file that anyone may have written.
+
+    Raises:
+        ValueError: no JSON, more than 64 MiB, nested too deeply.
+        OSError: no such file, or none that can be read.
+    """
+    text = read(path)
+    try:
+        return json.loads(text, parse_int=_int)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged ({error}); restore it, or delete it") from error
+
+
+def _int(digits: str) -> int:
+    if len(digits) > 18:  # more would end in OverflowError wherever it meets a float
+        raise ValueError(f"a number of {len(digits)} digits")
+    return int(digits)
+
+
+def write(path: Path, text: str) -> None:
+    """Write a text file whole or not at all."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
