@@ -7,7 +7,7 @@ import os
 import re
 import sys
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn, get_args, get_type_hints
 
@@ -19,13 +19,17 @@ STOPPED = 130  # what shells report for Ctrl-C
 class Parser(argparse.ArgumentParser):
     """argparse whose complaint is one line, through `run`, and that takes no shortened flags."""
 
+    elsewhere: Mapping[str, str] = {}  # flags that other commands or methods have: a sentence that says so
+
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(allow_abbrev=False, **kwargs)
 
     def error(self, message: str) -> NoReturn:
         """One sentence; unknown flags get near names."""
-        unknown = re.match(r"unrecognized arguments: (--\S+)", message)
+        unknown = re.match(r"unrecognized arguments: (--[\w-]+)", message)
         flags = [flag for action in self._actions for flag in action.option_strings if flag.startswith("--")]
+        if unknown and unknown[1] in self.elsewhere:
+            raise ValueError(f"{message}; {self.elsewhere[unknown[1]]}")
         raise ValueError(f"{message}; {near(unknown[1], flags) if unknown else f'see {self.prog} --help'}")
 
 
@@ -63,11 +67,19 @@ def field_docs(config: type) -> dict[str, str]:
     return docs
 
 
+def flag(field: str) -> str:
+    """
+    >>> flag("mask_lr")
+    '--mask-lr'
+    """
+    return f"--{field.replace('_', '-')}"
+
+
 def add_fields(parser: Any, config: type) -> None:
     """One flag for each field of the dataclass `config` that its docstring explains."""
     hints, docs = get_type_hints(config), field_docs(config)
     for field in (f for f in dataclasses.fields(config) if f.name in docs):
-        flag, kind, default = f"--{field.name.replace('_', '-')}", _plain(hints[field.name]), field.default
+        kind, default = _plain(hints[field.name]), field.default
         shown = "" if default in (None, False, "", dataclasses.MISSING) else f" (default: {default})"
         text = docs[field.name].rstrip(".").replace("%", "%%") + shown
         keywords: dict[str, Any] = {"help": text, "default": argparse.SUPPRESS}
@@ -75,7 +87,7 @@ def add_fields(parser: Any, config: type) -> None:
             keywords["action"] = "store_true"
         else:
             keywords |= {"type": kind, "metavar": kind.__name__.upper()}
-        parser.add_argument(flag, **keywords)
+        parser.add_argument(flag(field.name), **keywords)
 
 
 def collect(config: type, values: argparse.Namespace, **more: Any) -> Any:
