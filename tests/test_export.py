@@ -1,4 +1,5 @@
 import json
+import re
 import subprocess
 import sys
 
@@ -86,6 +87,36 @@ def test_the_package_computes_what_the_unfolded_model_computes(package):
             expected, plain = (m(torch.from_numpy(runtime.normalize(pixels))).numpy() for m in (model, base))
         assert relative_error(plain, expected) > 1e-2, "the delta moved nothing, so this test would prove nothing"
         assert relative_error(runtime.logits(pixels), expected) < 1e-5
+
+
+TIMM = {"input_size": [3, 32, 32], "interpolation": "bicubic", "mean": [0.5] * 3, "std": [0.5] * 3, "crop_pct": 0.9}
+UNFIT = {
+    "classes": (None, INFO, "does not say its classes"),
+    "nothing": (CLASSES, {}, "does not say its preprocessing"),
+    "timm's": (CLASSES, {"preprocessing": TIMM}, "preprocessing is {'input_size': [3, 32, 32], "),
+    "one mean": (CLASSES, {"preprocessing": {**INFO["preprocessing"], "mean": 0.5}}, "'mean': 0.5"),
+    "no size": (CLASSES, {"preprocessing": {**INFO["preprocessing"], "size": "32"}}, "'size': '32'"),
+    "std 0": (CLASSES, {"preprocessing": {**INFO["preprocessing"], "std": [0, 1, 1]}}, "'std': [0, 1, 1]"),
+    "cropped": (CLASSES, {"preprocessing": {**INFO["preprocessing"], "resize": "crop"}}, "'resize': 'crop'"),
+}
+
+
+@pytest.mark.parametrize("case", UNFIT)
+def test_a_file_without_what_a_package_needs_says_what_to_save_and_how(case, tmp_path, capsys):
+    classes, info, says = UNFIT[case]
+    base = cv.Base("test_vit", "random", 32)
+    model = base.build(len(CLASSES))
+    cv.inject(model, METHODS["lora"])
+    awaken(model)
+    file = tmp_path / "it.safetensors"
+    cv.save(model, file, base=base, classes=classes, info=info)
+    said = refused(capsys, export_command.main, file, "--out", tmp_path / "package")
+    assert says in said
+    written = re.search(r"save it with (classes=.*}}): the whole", said)[1]
+    given = eval(f"dict({written})".replace("…", "'bee', 'cow'"))
+    given["info"]["preprocessing"]["size"] = 32
+    cv.save(model, file, base=base, **given)
+    build(Source.open(file), tmp_path / "package")
 
 
 def test_a_lora_merges_into_the_plain_models_graph(merged):
