@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Collection, Mapping, MutableMapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from capavision.attention import classifier
 from capavision.delta import Delta
 from capavision.files import cache_dir
+from capavision.hub import asked_once
 from capavision.targets import near
 from capavision.wrappers import whole
 
@@ -82,7 +84,8 @@ class Base:
         with torch.random.fork_rng(devices=[]):  # a fresh head and random weights depend on the seed alone
             torch.default_generator.manual_seed(self.seed)
             try:
-                model = self._create(pretrained=self.weights != "random", **kwargs)
+                with asked_once() if self.weights == "pretrained" else nullcontext():
+                    model = self._create(pretrained=self.weights != "random", **kwargs)
             except SafetensorError as error:
                 raise ValueError(f"{self.weights} is damaged or no safetensors file ({error})") from error
             except (OSError, RuntimeError) as error:
