@@ -25,6 +25,17 @@ _RESERVED = {"model_name", "num_classes", "features_only", "out_indices", "featu
 _RESERVED |= {"pruned", "kwargs_filter", "scriptable", "exportable", "no_jit"}
 
 
+class AbsentWeightsError(ValueError):
+    """Pretrained weights that are nowhere to be had; `told` leaves out what only Python can choose."""
+
+    def __init__(self, told: str) -> None:
+        self.told = told
+        super().__init__(
+            f"{told}, or Base(…, weights='random'), Base(…, weights='FILE.safetensors') for a file in {cache_dir()}, "
+            "or, to load an adapter, a model of your own: load(path, model=…)"
+        )
+
+
 @dataclass(frozen=True)
 class Base:
     """How to build a timm model with its weights.
@@ -78,6 +89,8 @@ class Base:
         tags = [found.partition(".")[2] for found in timm.list_pretrained(f"{architecture}.*")]
         if tag and tag not in tags:
             raise ValueError(f"{architecture} has no weights tagged {tag!r}; {near(tag, tags)}")
+        if self.weights == "pretrained" and not tags:
+            raise AbsentWeightsError(f"timm has no pretrained weights of {architecture!r}; take another model")
         kwargs = {**self.kwargs, **kwargs, "num_classes": num_classes}
         if self.weights not in ("pretrained", "random"):
             kwargs["pretrained_cfg_overlay"] = {"file": str(self._file())}
@@ -91,10 +104,9 @@ class Base:
             except (OSError, RuntimeError) as error:
                 if self.weights != "pretrained" or _is_own_fault(error):
                     raise
-                raise ValueError(
+                raise AbsentWeightsError(
                     f"the pretrained weights of {self.model!r} are not on this machine and could not be fetched "
-                    f"({type(error).__name__}); choices: a machine that reaches the Hugging Face hub, "
-                    "--weights FILE.safetensors, --weights random, or --model demo (weights from a Python package)"
+                    f"({type(error).__name__}); take a machine that reaches the Hugging Face hub"
                 ) from error
         if "pretrained_cfg_overlay" in kwargs:
             self._check_file(model)

@@ -700,7 +700,13 @@ def test_weights_may_lie_in_the_cache_folder(tmp_path, monkeypatch):
         (Base("test_vit", weights="../it.safetensors"), r"must name a \.safetensors file in"),
         (Base("test_vit", weights="/it.safetensors"), r"must name a \.safetensors file in"),
         (Base("test_vit", weights="it.pt"), r"must name a \.safetensors file in"),
-        (Base("test_vit"), "pretrained weights of 'test_vit' are not on this machine and could not be fetched"),
+        (
+            Base("test_vit"),
+            "pretrained weights of 'test_vit' are not on this machine and could not be fetched .*; take a machine "
+            r"that reaches the Hugging Face hub, or Base\(…, weights='random'\), Base\(…, weights='FILE.safetensors'\) "
+            r"for a file in .*, or, to load an adapter, a model of your own: load\(path, model=…\)$",
+        ),
+        (Base("coatnet_0_224"), "timm has no pretrained weights of 'coatnet_0_224'; take another model, or Base"),
     ],
     ids=lambda value: getattr(value, "weights", ""),
 )

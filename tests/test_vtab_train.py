@@ -302,6 +302,12 @@ def test_absent_pretrained_weights_name_the_choices(tmp_path, capsys, monkeypatc
     said = refused(capsys, ["--task", "digits", "--model", "vit_tiny_patch16_224", "--out", str(tmp_path)])
     for choice in ("reaches the Hugging Face hub", "--weights FILE", "--weights random", "--model demo"):
         assert choice in said
+    assert "Base(" not in said, "advice for Python"
+
+
+def test_a_model_that_nobody_pretrained_names_the_choices(tmp_path, capsys):
+    said = refused(capsys, ["--task", "digits", "--model", "coatnet_0_224", "--out", str(tmp_path)])
+    assert "error: timm has no pretrained weights of 'coatnet_0_224'; take another model, or --weights FILE" in said
 
 
 def test_a_command_line_is_the_dataclasses(tmp_path):
