@@ -26,7 +26,7 @@ from capavision.ending import remove
 from capavision.files import write_tensors
 from capavision.hub import fetched
 from capavision.inject import Injection, apply, base_tensors, injections
-from capavision.metadata import FORMAT, check, damaged, from_json, refuse_misplaced, to_json
+from capavision.metadata import FORMAT, check, damaged, from_json, naming, refuse_misplaced, to_json
 from capavision.rollback import undone_on_error
 from capavision.targets import refuse_taken
 from capavision.tying import Tying, masks_of, stored, tie, tied
@@ -147,14 +147,15 @@ def load(path: str | os.PathLike[str], model: nn.Module | None = None, *, check_
     if model is None:
         if base is None:
             raise ValueError(f"{path} does not say how its base model was built; pass it: load(path, model=…)")
-        model = base.build(metadata["num_classes"]).eval()
+        with naming(path, base):
+            model = base.build(metadata["num_classes"]).eval()
     inner = bare(model)
     refuse_meta(inner)
     refuse_sharded(inner, "load before fully_shard")
     own = base_tensors(inner)
     written = [*tensors, *(name for plan in injections(inner) for name in plan.trained)]
     written += [f"{name}.{learned.SCORES}" for name in learned.factors(inner)]  # the file holds their bits
-    with undone_on_error(inner, [own[name] for name in written if name in own]):
+    with naming(path, base, inner), undone_on_error(inner, [own[name] for name in written if name in own]):
         _make_way(inner, plans, metadata["num_classes"])
         pending = plans[len(injections(inner)) :]
         _check_fit(path, metadata, tensors, inner, pending, check_base)

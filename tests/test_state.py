@@ -21,6 +21,7 @@ from capavision.inject import injections
 from tests.conftest import (
     assert_moved,
     assert_unchanged,
+    awaken,
     awaken_deltas,
     create,
     images,
@@ -714,6 +715,40 @@ def test_a_base_that_cannot_be_built_is_refused(base, match):
     assert timm.is_model("test_vit")
     with pytest.raises(ValueError, match=match):
         base.build(5)
+
+
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("vit_small_patch16_224", "trained on other base weights: "),
+        ("resnet18", "'blocks.0.attn.qkv', which ResNet lacks"),
+    ],
+)
+def test_a_file_for_another_architecture_names_both(name, why, tmp_path):
+    file = written(tmp_path / "it.safetensors", adapted(create("vit_tiny_patch16_224")))
+    model = create(name)
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=f"{why}.*; the file is of vit_tiny_patch16_224, the model a {name}$"):
+        cv.load(file, model)
+    assert_unchanged(model, before)
+    with pytest.raises(ValueError, match="base weights: (?!.*the file is of)"):
+        cv.load(file, awaken(create("vit_tiny_patch16_224", seed=3)))
+
+
+def test_what_building_the_base_refuses_names_the_file(tmp_path):
+    file = written(tmp_path / "it.safetensors", base=Base("tst_vit", "random"))
+    with pytest.raises(ValueError, match=r"it\.safetensors: unknown timm model 'tst_vit'; did you mean 'test_vit'"):
+        cv.load(file)
+
+
+def test_what_tying_refuses_names_the_file(tmp_path):
+    model = tiny_vit()
+    cv.tie(model)
+    file = written(tmp_path / "it.safetensors", model, base=None)
+    with pytest.raises(
+        ValueError, match=r"it\.safetensors: no module matches blocks='blocks\.0'; .* the model a resnet18"
+    ):
+        cv.load(file, create("resnet18"))
 
 
 SMALL = {"depth": 2, "img_size": 32, "patch_size": 8, "embed_dim": 48, "num_heads": 3}
