@@ -21,9 +21,11 @@ from torch import nn
 
 import capavision as cv
 from capavision.files import new_folder, refuse_existing
+from capavision.targets import near
 from export.graph import folded, to_onnx
 from export.runtime import FILES, SCHEMA, TOLERANCE, Classifier, random_pixels, relative_error, sha256
 
+ADAPTER = "adapter.safetensors"  # in a run folder
 BATCHES = (1, 2, 3, 5)
 WARN = 1e-5
 SQUASH = "squash, bicubic"  # the one way in which a package resizes
@@ -45,12 +47,21 @@ class Source:
         Raises:
             ValueError: no finished run, or a file that does not load.
         """
-        file = path / "adapter.safetensors" if path.is_dir() else path
+        if not path.exists():
+            raise ValueError(f"{path} is not there; {_near(path)}")
+        file = path / ADAPTER if path.is_dir() else path
         if not file.is_file():
-            raise ValueError(f"{path} holds no adapter.safetensors; finish the run first, or name an adapter file")
+            raise ValueError(f"{path} holds no {ADAPTER}; finish the run first, or name an adapter file")
         about = cv.describe(file)
         _check_described(file, about)
         return cls(file, about, cv.load(file).float().eval())
+
+
+def _near(path: Path) -> str:
+    """The runs and adapter files in the nearest folder that there is."""
+    folder = next(parent for parent in path.absolute().parents if parent.is_dir())
+    there = [p.name for p in folder.iterdir() if p.suffix == ".safetensors" or (p / ADAPTER).is_file()]
+    return f"in {folder}, {near(path.absolute().relative_to(folder).parts[0], there)}"
 
 
 def _check_described(file: Path, about: dict[str, Any]) -> None:

@@ -89,6 +89,23 @@ def test_the_package_computes_what_the_unfolded_model_computes(package):
         assert relative_error(runtime.logits(pixels), expected) < 1e-5
 
 
+def test_a_run_that_is_not_there_names_those_near_it(tmp_path, capsys):
+    for run in ("mine", "other"):
+        (tmp_path / "runs" / run).mkdir(parents=True)
+        (tmp_path / "runs" / run / "adapter.safetensors").touch()
+    (tmp_path / "runs" / "half").mkdir()
+    (tmp_path / "runs" / "one.safetensors").touch()
+    for given, meant in {
+        "deeper/and/deeper": "'mine' or 'one.safetensors' or 'other'",
+        "nofile.safetensors": "'one.safetensors'",
+        "mime": "'mine'",
+    }.items():
+        said = refused(capsys, export_command.main, tmp_path / "runs" / given, "--out", tmp_path / "package")
+        assert f"{given} is not there; in {tmp_path / 'runs'}, did you mean {meant}?" in said
+    said = refused(capsys, export_command.main, tmp_path / "runs" / "half", "--out", tmp_path / "package")
+    assert "half holds no adapter.safetensors; finish the run first" in said
+
+
 TIMM = {"input_size": [3, 32, 32], "interpolation": "bicubic", "mean": [0.5] * 3, "std": [0.5] * 3, "crop_pct": 0.9}
 UNFIT = {
     "classes": (None, INFO, "does not say its classes"),
