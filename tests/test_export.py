@@ -14,7 +14,7 @@ from export import __main__ as export_command
 from export import bench, cli, predict, verify
 from export.graph import folded, to_onnx
 from export.package import Source, build
-from export.runtime import Classifier, random_pixels, relative_error
+from export.runtime import Classifier, random_pixels, relative_error, sha256
 from vtab.data import file_split
 
 METHODS = {
@@ -208,25 +208,30 @@ def test_running_a_package_never_imports_torch(merged, tmp_path, module):
 
 
 @pytest.mark.parametrize("name", ["model.onnx", "config.json", "preprocessor_config.json"])
-def test_verify_catches_a_flipped_byte_in_any_file(copied, name, capsys):
+def test_a_flipped_byte_in_any_file_is_caught_before_anything_runs(copied, name, capsys):
     content = bytearray((copied / name).read_bytes())
     content[len(content) // 2] ^= 1
     (copied / name).write_bytes(bytes(content))
-    assert f"{name} was changed after the export" in refused(capsys, verify.main, copied)
+    for command in ([verify.main, copied], [predict.main, copied, "x.png"]):
+        assert f"{name} was changed after the export; export again" in refused(capsys, *command)
+    (copied / name).unlink()
+    assert f"{name} is missing; export again" in refused(capsys, predict.main, copied, "x.png")
+
+
+def make_the_checksum_fit(folder):
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["files"]["model.onnx"]["sha256"] = sha256(folder / "model.onnx")
+    (folder / "manifest.json").write_text(json.dumps(manifest))
 
 
 def test_verify_catches_weights_that_compute_something_else(copied, capsys):
     """The checksums are made to fit, so only the probe can tell."""
-    from export.runtime import sha256
-
     proto = onnx.load(copied / "model.onnx")
     weight = max(proto.graph.initializer, key=lambda i: len(i.raw_data))
     array = onnx.numpy_helper.to_array(weight) * 1.5
     weight.CopyFrom(onnx.numpy_helper.from_array(array, weight.name))
     onnx.save(proto, copied / "model.onnx")
-    manifest = json.loads((copied / "manifest.json").read_text())
-    manifest["files"]["model.onnx"]["sha256"] = sha256(copied / "model.onnx")
-    (copied / "manifest.json").write_text(json.dumps(manifest))
+    make_the_checksum_fit(copied)
     assert "the probe is off by" in refused(capsys, verify.main, copied)
 
 
@@ -292,9 +297,10 @@ def test_a_newer_package_says_to_upgrade(copied, capsys):
     assert "manifest.json is damaged" in refused(capsys, verify.main, copied)
 
 
-def test_a_truncated_graph_is_one_line(copied, capsys):
+def test_a_graph_that_onnxruntime_refuses_is_one_line(copied, capsys):
     content = (copied / "model.onnx").read_bytes()
     (copied / "model.onnx").write_bytes(content[: len(content) // 2])
+    make_the_checksum_fit(copied)
     assert "model.onnx does not load" in refused(capsys, predict.main, copied, "x.png")
 
 
