@@ -292,8 +292,14 @@ def _reset_classes(model: nn.Module, num_classes: int) -> None:
         return
     like = next(p for p in model.parameters() if p.is_floating_point())
     statistics = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    before = base_tensors(model).keys()
     with torch.random.fork_rng(devices=[]):
         reset(num_classes)
+    if num_classes and (lost := sorted(before - base_tensors(model).keys())):
+        raise ValueError(
+            f"{type(model).__name__}.reset_classifier({num_classes}) makes a head without {lost[0]}; create the model "
+            f"with num_classes={num_classes}, then load"
+        )
     for name, head in classifier(model).items():
         head.to(like.device, like.dtype).train(model.training)  # timm 1.0.20: float32, on the CPU, in train mode
         for inner, buffer in head.named_buffers(prefix=name):
