@@ -25,7 +25,7 @@ from capavision.delta import Delta
 from capavision.ending import remove
 from capavision.files import write_tensors
 from capavision.hub import fetched
-from capavision.inject import Injection, apply, base_tensors, injections
+from capavision.inject import Injection, apply, base_tensors, injections, refuse_stray
 from capavision.metadata import FORMAT, check, damaged, from_json, naming, refuse_misplaced, to_json
 from capavision.rollback import undone_on_error
 from capavision.targets import refuse_taken
@@ -184,15 +184,9 @@ def _check_replaced(model: nn.Module) -> None:
             f"{name} has lost its delta: the module was replaced or taken out after inject, and the file would not "
             "load; do that first (reset_classifier, prune_intermediate_layers, reparameterize_model), then inject"
         )
+    refuse_stray(model)
     moving = {name for plan in injections(model) for name in plan.trained}
-    hosts = {name for plan in injections(model) for name in plan.hosts}
     for name, module in model.named_modules():
-        if name not in hosts and isinstance(getattr(module, hosting.SLOT, None), Delta):
-            raise ValueError(
-                f"{name} ({type(module).__name__}) carries a delta of no injection: fold made it dense, or it came "
-                "with a module from another model, and the file would not load; inject into a model that was not "
-                "folded, or keep this one's state_dict"
-            )
         kept = hosting.is_swapped(module) or f"{name}.running_mean" in moving
         if hosting.is_batch_norm(module) and not kept:
             raise ValueError(

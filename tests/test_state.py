@@ -294,12 +294,22 @@ def test_a_model_that_is_not_timms_is_loaded_onto_the_given_one(tmp_path):
     assert torch.equal(cv.load(path, fresh)(x), model(x))
 
 
-def test_a_folded_adapter_beside_an_injection_is_not_saved(tmp_path):
+STRAY = r"blocks\.0 \(ExtendedBlock\) carries a delta of no injection: fold made it den"
+
+
+def test_a_folded_adapter_takes_no_injection_that_could_not_be_saved():
     model = cv.fold(adapted(tiny_vit(), cv.Adapter(rank=2)))
-    with pytest.raises(
-        ValueError, match=r"blocks\.0 \(ExtendedBlock\) carries a delta of no injection: fold made it den"
-    ):
-        written(tmp_path / "it.safetensors", adapted(model))
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=STRAY):
+        cv.inject(model, METHOD)
+    assert_unchanged(model, before)
+
+
+def test_a_folded_block_that_came_after_inject_is_not_saved(tmp_path):
+    model = adapted(tiny_vit(), targets="blocks.1.attn.qkv")
+    model.blocks[0] = cv.fold(adapted(tiny_vit(), cv.Adapter(rank=2))).blocks[0]
+    with pytest.raises(ValueError, match=STRAY):
+        written(tmp_path / "it.safetensors", model)
     assert not list(tmp_path.iterdir())
 
 
