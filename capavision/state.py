@@ -370,5 +370,14 @@ def _restore(path: str | os.PathLike[str], model: nn.Module, tensors: dict[str, 
     if wrong:
         name = wrong[0]
         raise ValueError(f"{path}: {name} is {tuple(tensors[name].shape)}, the model's is {tuple(own[name].shape)}")
+    if cast := [name for name, tensor in tensors.items() if _kind(tensor) != _kind(own[name])]:
+        name = cast[0]
+        found, expected = (str(t.dtype).removeprefix("torch.") for t in (tensors[name], own[name]))
+        raise ValueError(f"{path}: {name} is of {found}, the model's of {expected}; save it again")
     for name, tensor in tensors.items():
         own[name].copy_(tensor)
+
+
+def _kind(tensor: Tensor) -> tuple[bool, bool]:
+    """float16 may become float32, but neither a whole nor a complex number a float."""
+    return tensor.is_floating_point(), tensor.is_complex()

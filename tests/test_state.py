@@ -352,6 +352,13 @@ def reshape(metadata, tensors):
     tensors["blocks.0.attn.qkv.delta.parts.q.A.value"] = torch.zeros(4, 47)
 
 
+def cast(dtype):
+    def change(metadata, tensors):
+        tensors["blocks.0.attn.qkv.delta.parts.q.A.value"] = torch.ones(4, 48, dtype=dtype)
+
+    return change
+
+
 Refusal = namedtuple("Refusal", "make match model", defaults=[tiny_vit])
 REFUSALS = {
     "other architecture": Refusal(
@@ -411,6 +418,9 @@ REFUSALS = {
     "a mask among the values": Refusal(changed(smuggle), r"not in the model \['blocks\.0.*\.mask"),
     "a value too many": Refusal(changed(add), r"not in the model \['blocks\.0\.attn\.qkv\.delta\.parts\.k\.A\."),
     "a value of another shape": Refusal(changed(reshape), r"q\.A\.value is \(4, 47\), the model's is \(4, 48\)"),
+    "whole numbers": Refusal(changed(cast(torch.int64)), r"A\.value is of int64, the model's of float32; save it a"),
+    "complex numbers": Refusal(changed(cast(torch.complex64)), r"q\.A\.value is of complex64, the model's of float32"),
+    "bits": Refusal(changed(cast(torch.bool)), r"q\.A\.value is of bool, the model's of float32"),
 }  # fmt: skip
 
 
