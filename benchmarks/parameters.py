@@ -12,6 +12,7 @@ import torch
 
 import capavision as cv
 from benchmarks.tables import table
+from vtab.cli import Parser, run
 
 D, L = 768, 12
 # method, where it goes (None: its default hosts), the equation's count, a published figure and who prints it
@@ -50,8 +51,9 @@ def spelt(method: cv.Method) -> str:
     return f"{type(method).__name__}({', '.join(f'{name}={value!r}' for name, value in fields.items())})"
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     """Print the table; a count that differs from its equation is an error."""
+    Parser(prog="python -m benchmarks.parameters", description=__doc__.partition(":")[0]).parse_args(argv)
     rows = []
     for method, hosts, expected, published in ROWS:
         with torch.device("meta"):
@@ -65,4 +67,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

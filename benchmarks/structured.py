@@ -6,7 +6,6 @@
 Forward and backward (gradients of x and c) over the tokens of 64 images of a ViT-B/16, float32, interleaved rounds.
 """
 
-import argparse
 import statistics
 import time
 from collections.abc import Callable
@@ -15,8 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.tables import table
+from benchmarks.tables import check_counts, table
 from capavision.structured import circulant
+from vtab.cli import Parser, run
+from vtab.setup import pick_device
 
 
 def dense(x: Tensor, W: Tensor, c: Tensor) -> Tensor:
@@ -38,13 +39,14 @@ def seconds(forward: Callable[..., Tensor], x: Tensor, W: Tensor, c: Tensor) -> 
     return time.perf_counter() - start
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     """Print the medians and the ratio's spread for each width."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(prog="python -m benchmarks.structured", description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--tokens", type=int, default=64 * 197)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    options = parser.parse_args()
+    parser.add_argument("--device", help="cuda, mps or cpu (default: the best this machine has)")
+    options = check_counts(parser.parse_args(argv), "rounds", "tokens")
+    options.device = pick_device(options.device)
     rows = []
     for n in (384, 768, 1024):
         x = torch.randn(options.tokens, n, device=options.device, requires_grad=True)
@@ -58,4 +60,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

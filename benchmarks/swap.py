@@ -11,12 +11,13 @@ import tempfile
 import time
 from pathlib import Path
 
-import timm
 import torch
 from torch import nn
 
 import capavision as cv
-from benchmarks.tables import table
+from benchmarks.tables import check_counts, table
+from vtab.cli import Parser, run
+from vtab.setup import pick_device
 
 CHANGES = {
     "LoRA, other head": (cv.LoRA(rank=8, branches=2), cv.LoRA(rank=8, branches=2)),
@@ -39,8 +40,7 @@ def write(path: Path, model: nn.Module, method: cv.Method, classes: int, seed: i
 
 def fresh(options: argparse.Namespace, classes: int) -> nn.Module:
     """The same random base each time."""
-    torch.manual_seed(0)
-    model: nn.Module = timm.create_model(options.model).eval().to(options.device)
+    model = cv.Base(options.model, "random").build(1000).eval().to(options.device)
     model.reset_classifier(classes)  # type: ignore[operator]
     return model
 
@@ -56,11 +56,12 @@ def milliseconds(path: Path, model: nn.Module) -> float:
 
 def main(argv: list[str] | None = None) -> None:
     """Print a row for each change of adapters."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(prog="python -m benchmarks.swap", description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="vit_base_patch16_224")
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    options = parser.parse_args(argv)
+    parser.add_argument("--device", help="cuda, mps or cpu (default: the best this machine has)")
+    options = check_counts(parser.parse_args(argv), "rounds")
+    options.device = pick_device(options.device)
     model = fresh(options, 1000)
     rows = []
     with tempfile.TemporaryDirectory() as folder:
@@ -86,4 +87,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -8,6 +8,7 @@ import torch
 
 import capavision as cv
 from capavision.targets import near
+from vtab.cli import flag
 from vtab.record import environment
 
 METHODS = ("lora", "adapter", "circulant")  # one of each kind: low rank, on blocks, structured
@@ -56,8 +57,16 @@ def check_methods(args: argparse.Namespace) -> argparse.Namespace:
     return args
 
 
-def check_names(flag: str, given: str, known: Collection[str]) -> None:
+def check_counts(args: argparse.Namespace, *names: str) -> argparse.Namespace:
+    """The same arguments; raises ValueError for one of `names` below 1."""
+    for name in names:
+        if getattr(args, name) < 1:
+            raise ValueError(f"{flag(name)} {getattr(args, name)} must be at least 1")
+    return args
+
+
+def check_names(option: str, given: str, known: Collection[str]) -> None:
     """Raise ValueError for a name in the list `given` that is not known."""
     for name in given.split(","):
         if name not in known:
-            raise ValueError(f"{flag}: {name!r} is unknown; {near(name, known)}")
+            raise ValueError(f"{option}: {name!r} is unknown; {near(name, known)}")

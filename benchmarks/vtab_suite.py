@@ -24,15 +24,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import timm
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import capavision as cv
-from benchmarks.tables import table
+from benchmarks.tables import check_counts, check_names, table
+from vtab import cli, setup, train
 from vtab import config as configs
-from vtab import setup, train
 from vtab.compiled import forward_of
 from vtab.data import Split
 from vtab.evaluate import Preprocessing, autocast, predict
@@ -103,7 +102,7 @@ def run(
 ) -> dict[str, Any]:
     """One task from a fresh model to its test accuracy; the seconds of its parts, and what they were a share of."""
     start = time.perf_counter()
-    model = timm.create_model(options.model, num_classes=task.num_classes, drop_path_rate=0.1).to(device)
+    model = cv.Base(options.model, "random").build(task.num_classes, drop_path_rate=0.1).to(device)
     cv.inject(model, cv.LoRA(rank=options.rank, branches=options.branches))
     config = configs.Config(
         task=task.id, epochs=options.epochs_run, batch_size=options.batch_size, compile=options.compile
@@ -135,7 +134,7 @@ def run(
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = cli.Parser(prog="python -m benchmarks.vtab_suite", description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="vit_base_patch16_224")
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--branches", type=int, default=2)
@@ -146,7 +145,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--share", type=float, default=1.0, help="of the epochs and test images to run")
     parser.add_argument("--compile", action="store_true", help="as vtab.train's")
     parser.add_argument("--device", default=None)
-    options = parser.parse_args(argv)
+    options = check_counts(parser.parse_args(argv), "epochs", "batch_size", "test_batch")
+    if options.tasks != "all":
+        check_names("--tasks", options.tasks, TASKS)
+    if not 0 < options.share <= 1:
+        raise ValueError(f"--share {options.share} must lie in (0, 1]")
     options.epochs_run = max(1, round(options.share * options.epochs))
     return options
 
@@ -157,7 +160,7 @@ def main(argv: list[str] | None = None) -> None:
     device = setup.pick_device(options.device)
     vtab = [task for task in TASKS.values() if task.group != "extra"]
     tasks = vtab if options.tasks == "all" else [TASKS[name] for name in options.tasks.split(",")]
-    model = timm.create_model(options.model, num_classes=0).to(device)
+    model = cv.Base(options.model, "random").build(0).to(device)
     size = model.pretrained_cfg["input_size"][-1]
     images = np.random.default_rng(0).integers(0, 256, (POOL, size, size, 3), np.uint8)
     flops = forward_flops(model, torch.zeros(1, 3, size, size, device=device))
@@ -196,4 +199,4 @@ def report(
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main)

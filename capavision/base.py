@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Collection, Mapping, MutableMapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from capavision.attention import classifier
 from capavision.delta import Delta
 from capavision.files import cache_dir
+from capavision.hub import asked_once
 from capavision.targets import near
 from capavision.wrappers import whole
 
@@ -21,6 +23,17 @@ _KINDS: dict[str, Any] = {"model": str, "weights": str, "img_size": int | None, 
 # Arguments of timm.create_model that choose weights and files, or return something else than the model
 _RESERVED = {"model_name", "num_classes", "features_only", "out_indices", "feature_cls", "feature_cfg", "model_cfg"}
 _RESERVED |= {"pruned", "kwargs_filter", "scriptable", "exportable", "no_jit"}
+
+
+class AbsentWeightsError(ValueError):
+    """Pretrained weights that are nowhere to be had; `told` leaves out what only Python can choose."""
+
+    def __init__(self, told: str) -> None:
+        self.told = told
+        super().__init__(
+            f"{told}, or Base(…, weights='random'), Base(…, weights='FILE.safetensors') for a file in {cache_dir()}, "
+            "or, to load an adapter, a model of your own: load(path, model=…)"
+        )
 
 
 @dataclass(frozen=True)
@@ -76,22 +89,24 @@ class Base:
         tags = [found.partition(".")[2] for found in timm.list_pretrained(f"{architecture}.*")]
         if tag and tag not in tags:
             raise ValueError(f"{architecture} has no weights tagged {tag!r}; {near(tag, tags)}")
+        if self.weights == "pretrained" and not tags:
+            raise AbsentWeightsError(f"timm has no pretrained weights of {architecture!r}; take another model")
         kwargs = {**self.kwargs, **kwargs, "num_classes": num_classes}
         if self.weights not in ("pretrained", "random"):
             kwargs["pretrained_cfg_overlay"] = {"file": str(self._file())}
         with torch.random.fork_rng(devices=[]):  # a fresh head and random weights depend on the seed alone
             torch.default_generator.manual_seed(self.seed)
             try:
-                model = self._create(pretrained=self.weights != "random", **kwargs)
+                with asked_once() if self.weights == "pretrained" else nullcontext():
+                    model = self._create(pretrained=self.weights != "random", **kwargs)
             except SafetensorError as error:
                 raise ValueError(f"{self.weights} is damaged or no safetensors file ({error})") from error
             except (OSError, RuntimeError) as error:
                 if self.weights != "pretrained" or _is_own_fault(error):
                     raise
-                raise ValueError(
+                raise AbsentWeightsError(
                     f"the pretrained weights of {self.model!r} are not on this machine and could not be fetched "
-                    f"({type(error).__name__}); choices: a machine that reaches the Hugging Face hub, "
-                    "--weights FILE.safetensors, --weights random, or --model demo (weights from a Python package)"
+                    f"({type(error).__name__}); take a machine that reaches the Hugging Face hub"
                 ) from error
         if "pretrained_cfg_overlay" in kwargs:
             self._check_file(model)

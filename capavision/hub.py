@@ -4,6 +4,7 @@ A name on the hub is "hf-hub:user/name" or "hf-hub:user/name@revision", revision
 """
 
 import contextlib
+import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,7 +32,7 @@ def fetched(path: str | os.PathLike[str]) -> str | os.PathLike[str]:
     check_repo(repo)
     if at and not revision:
         raise ValueError(f"{name} ends in @ without a revision; name a branch, tag or commit, or leave the @ out")
-    with _explained(repo, revision):
+    with _explained(repo, revision), asked_once():
         return huggingface_hub.hf_hub_download(repo, FILE, revision=revision or None)
 
 
@@ -65,6 +66,36 @@ def check_repo(repo: str) -> None:
         raise ValueError(
             f"{repo!r} is no repo id ({_first_line(error)}); write user/name, in letters, digits, '-', '_' and '.'"
         ) from error
+
+
+@contextlib.contextmanager
+def asked_once() -> Iterator[None]:
+    """Within it the hub's client is silent, and where one request finds the hub out of reach, the cache must do.
+
+    Left to itself the client asks for each file six times, 23 seconds and 11 lines, even where the cache has it.
+    """
+    from huggingface_hub import constants
+    from huggingface_hub.utils import logging as voice
+
+    verbosity, offline = voice.get_verbosity(), constants.HF_HUB_OFFLINE
+    voice.set_verbosity(logging.ERROR)
+    try:
+        constants.HF_HUB_OFFLINE = offline or not _answers()
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = offline
+        voice.set_verbosity(verbosity)
+
+
+def _answers() -> bool:
+    from huggingface_hub import constants
+    from huggingface_hub.utils import get_session  # type: ignore[attr-defined]
+
+    try:
+        get_session().head(constants.ENDPOINT, timeout=constants.HF_HUB_ETAG_TIMEOUT)
+    except Exception:  # of httpx or requests, whichever this huggingface_hub stands on
+        return False
+    return True
 
 
 @contextlib.contextmanager

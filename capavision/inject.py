@@ -163,8 +163,8 @@ def inject(
 
     Raises:
         ValueError: targets that match nothing or nothing adaptable, a host that carries a delta already, unknown
-            parts, sizes the method cannot serve, a wrapper that must come after, a tied model. The model is left as it
-            was.
+            parts, sizes the method cannot serve, a wrapper that must come after, a tied model, a folded adapter. The
+            model is left as it was.
 
     >>> import timm
     >>> model = timm.create_model("vit_tiny_patch16_224", num_classes=10)
@@ -180,6 +180,7 @@ def inject(
     refuse_sharded(model, "inject before fully_shard")
     if tied(model):
         raise ValueError("the model is tied, and a tied model trains all of itself; capavision.fold(model) first")
+    refuse_stray(model)
     hosts = choose(model, method, targets, parts)
     placed, named = {}, targets is not None
     if method.placement is OutputDelta:
@@ -195,6 +196,18 @@ def inject(
     if not freeze_norm:
         trained += hosting.batch_norm_statistics(model)
     return apply(model, Injection(method, seed, hosts, placed, head, trained, freeze_norm=freeze_norm))
+
+
+def refuse_stray(model: nn.Module) -> None:
+    """Raise ValueError for a delta that no injection knows of: what a file holds would not bring it back."""
+    hosts = {name for plan in injections(model) for name in plan.hosts}
+    for name, module in model.named_modules():
+        if name not in hosts and isinstance(getattr(module, hosting.SLOT, None), Delta):
+            raise ValueError(
+                f"{name} ({type(module).__name__}) carries a delta of no injection: fold made it dense, or it came "
+                "with a module from another model, and a file would not load; inject into a model that was not "
+                "folded, or keep this one's state_dict"
+            )
 
 
 def whole_head(model: nn.Module, hosts: Collection[str]) -> tuple[str, ...]:

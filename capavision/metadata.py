@@ -1,13 +1,16 @@
 """What a file says of itself. It may come from anyone, so every entry is checked before anything is built from it."""
 
+import contextlib
 import dataclasses
 import os
+from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
 
 from torch import nn
 
 from capavision.attention import weight_of
+from capavision.base import Base
 from capavision.delta import AttentionDelta, Method, OutputDelta, WeightDelta
 from capavision.inject import Injection, whole_head
 from capavision.targets import Spans, near
@@ -27,6 +30,20 @@ _OPTIONAL: dict[str, Any] = {"tyings": list, "classes": list | None, "info": dic
 def damaged(path: str | os.PathLike[str], what: object) -> ValueError:
     """The error for metadata that `save` does not write."""
     return ValueError(f"{path}: its metadata is damaged ({what}); save it again")
+
+
+@contextlib.contextmanager
+def naming(path: str | os.PathLike[str], base: Base | None, model: nn.Module | None = None) -> Iterator[None]:
+    """A refusal in it names the file, and the architectures of file and model where these differ."""
+    try:
+        yield
+    except ValueError as error:
+        said = str(error) if str(path) in str(error) else f"{path}: {error}"
+        made_for = base.model.partition(".")[0] if base else None
+        given = (getattr(model, "pretrained_cfg", None) or {}).get("architecture")
+        if made_for and given and made_for != given:
+            said += f"; the file is of {made_for}, the model a {given}"
+        raise ValueError(said) from error
 
 
 def check(path: str | os.PathLike[str], metadata: dict[str, Any]) -> None:

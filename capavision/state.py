@@ -25,8 +25,8 @@ from capavision.delta import Delta
 from capavision.ending import remove
 from capavision.files import write_tensors
 from capavision.hub import fetched
-from capavision.inject import Injection, apply, base_tensors, injections
-from capavision.metadata import FORMAT, check, damaged, from_json, refuse_misplaced, to_json
+from capavision.inject import Injection, apply, base_tensors, injections, refuse_stray
+from capavision.metadata import FORMAT, check, damaged, from_json, naming, refuse_misplaced, to_json
 from capavision.rollback import undone_on_error
 from capavision.targets import refuse_taken
 from capavision.tying import Tying, masks_of, stored, tie, tied
@@ -147,14 +147,15 @@ def load(path: str | os.PathLike[str], model: nn.Module | None = None, *, check_
     if model is None:
         if base is None:
             raise ValueError(f"{path} does not say how its base model was built; pass it: load(path, model=…)")
-        model = base.build(metadata["num_classes"]).eval()
+        with naming(path, base):
+            model = base.build(metadata["num_classes"]).eval()
     inner = bare(model)
     refuse_meta(inner)
     refuse_sharded(inner, "load before fully_shard")
     own = base_tensors(inner)
     written = [*tensors, *(name for plan in injections(inner) for name in plan.trained)]
     written += [f"{name}.{learned.SCORES}" for name in learned.factors(inner)]  # the file holds their bits
-    with undone_on_error(inner, [own[name] for name in written if name in own]):
+    with naming(path, base, inner), undone_on_error(inner, [own[name] for name in written if name in own]):
         _make_way(inner, plans, metadata["num_classes"])
         pending = plans[len(injections(inner)) :]
         _check_fit(path, metadata, tensors, inner, pending, check_base)
@@ -183,15 +184,9 @@ def _check_replaced(model: nn.Module) -> None:
             f"{name} has lost its delta: the module was replaced or taken out after inject, and the file would not "
             "load; do that first (reset_classifier, prune_intermediate_layers, reparameterize_model), then inject"
         )
+    refuse_stray(model)
     moving = {name for plan in injections(model) for name in plan.trained}
-    hosts = {name for plan in injections(model) for name in plan.hosts}
     for name, module in model.named_modules():
-        if name not in hosts and isinstance(getattr(module, hosting.SLOT, None), Delta):
-            raise ValueError(
-                f"{name} ({type(module).__name__}) carries a delta of no injection: fold made it dense, or it came "
-                "with a module from another model, and the file would not load; inject into a model that was not "
-                "folded, or keep this one's state_dict"
-            )
         kept = hosting.is_swapped(module) or f"{name}.running_mean" in moving
         if hosting.is_batch_norm(module) and not kept:
             raise ValueError(
@@ -291,8 +286,14 @@ def _reset_classes(model: nn.Module, num_classes: int) -> None:
         return
     like = next(p for p in model.parameters() if p.is_floating_point())
     statistics = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    before = base_tensors(model).keys()
     with torch.random.fork_rng(devices=[]):
         reset(num_classes)
+    if num_classes and (lost := sorted(before - base_tensors(model).keys())):
+        raise ValueError(
+            f"{type(model).__name__}.reset_classifier({num_classes}) makes a head without {lost[0]}; create the model "
+            f"with num_classes={num_classes}, then load"
+        )
     for name, head in classifier(model).items():
         head.to(like.device, like.dtype).train(model.training)  # timm 1.0.20: float32, on the CPU, in train mode
         for inner, buffer in head.named_buffers(prefix=name):
@@ -369,5 +370,14 @@ def _restore(path: str | os.PathLike[str], model: nn.Module, tensors: dict[str, 
     if wrong:
         name = wrong[0]
         raise ValueError(f"{path}: {name} is {tuple(tensors[name].shape)}, the model's is {tuple(own[name].shape)}")
+    if cast := [name for name, tensor in tensors.items() if _kind(tensor) != _kind(own[name])]:
+        name = cast[0]
+        found, expected = (str(t.dtype).removeprefix("torch.") for t in (tensors[name], own[name]))
+        raise ValueError(f"{path}: {name} is of {found}, the model's of {expected}; save it again")
     for name, tensor in tensors.items():
         own[name].copy_(tensor)
+
+
+def _kind(tensor: Tensor) -> tuple[bool, bool]:
+    """float16 may become float32, but neither a whole nor a complex number a float."""
+    return tensor.is_floating_point(), tensor.is_complex()

@@ -10,7 +10,7 @@ from torch import nn
 
 from capavision import host as hosting
 from capavision.attention import classifier, group, is_weighted, parts_of, weight_of
-from capavision.delta import Delta, Method, WeightDelta
+from capavision.delta import AttentionDelta, Delta, Method, OutputDelta, WeightDelta
 
 Targets = str | Sequence[str] | None
 Parts = str | Sequence[slice] | None
@@ -37,13 +37,23 @@ def choose(model: nn.Module, method: Method, targets: Targets, parts: Parts) -> 
     if targets is None:
         defaults = method.targets(model)
         if not defaults:
-            raise ValueError(f"{type(model).__name__} has no default host for {type(method).__name__}; name targets")
+            raise ValueError(_hostless(type(model).__name__, method))
     else:
         names = _match(model, [targets] if isinstance(targets, str) else list(targets), method)
         defaults = dict.fromkeys(names)
     for name in defaults:
         refuse_taken(model, name)
     return {name: _rows(model, name, parts if parts is not None else default) for name, default in defaults.items()}
+
+
+def _hostless(model: str, method: Method) -> str:
+    if method.placement is not AttentionDelta:
+        return f"{model} has no default host for {type(method).__name__}; name targets"
+    others = sorted(kind.__name__ for kind in Method.known.values() if kind.placement in (WeightDelta, OutputDelta))
+    return (
+        f"{model} has no attention that {type(method).__name__} could enter; use {', '.join(others)} (or name one "
+        "whose projections are not called q, v, qkv or alike: targets)"
+    )
 
 
 def _match(model: nn.Module, patterns: list[str], method: Method) -> list[str]:

@@ -21,11 +21,14 @@ from torch import nn
 
 import capavision as cv
 from capavision.files import new_folder, refuse_existing
+from capavision.targets import near
 from export.graph import folded, to_onnx
 from export.runtime import FILES, SCHEMA, TOLERANCE, Classifier, random_pixels, relative_error, sha256
 
+ADAPTER = "adapter.safetensors"  # in a run folder
 BATCHES = (1, 2, 3, 5)
 WARN = 1e-5
+SQUASH = "squash, bicubic"  # the one way in which a package resizes
 PROBE = {"seed": 20240701, "count": 1}
 
 
@@ -44,13 +47,46 @@ class Source:
         Raises:
             ValueError: no finished run, or a file that does not load.
         """
-        file = path / "adapter.safetensors" if path.is_dir() else path
+        if not path.exists():
+            raise ValueError(f"{path} is not there; {_near(path)}")
+        file = path / ADAPTER if path.is_dir() else path
         if not file.is_file():
-            raise ValueError(f"{path} holds no adapter.safetensors; finish the run first, or name an adapter file")
+            raise ValueError(f"{path} holds no {ADAPTER}; finish the run first, or name an adapter file")
         about = cv.describe(file)
-        if "preprocessing" not in about["info"] or about["classes"] is None:
-            raise ValueError(f"{file} does not say its classes and preprocessing; save it with classes= and info=")
+        _check_described(file, about)
         return cls(file, about, cv.load(file).float().eval())
+
+
+def _near(path: Path) -> str:
+    """The runs and adapter files in the nearest folder that there is."""
+    folder = next(parent for parent in path.absolute().parents if parent.is_dir())
+    there = [p.name for p in folder.iterdir() if p.suffix == ".safetensors" or (p / ADAPTER).is_file()]
+    return f"in {folder}, {near(path.absolute().relative_to(folder).parts[0], there)}"
+
+
+def _check_described(file: Path, about: dict[str, Any]) -> None:
+    """Raise ValueError, with what to save, unless the file has its classes and a preprocessing that a package does."""
+    found = about["info"].get("preprocessing")
+    if about["classes"] is None or found is None:
+        lacks = f"{file} does not say its {'classes' if about['classes'] is None else 'preprocessing'}"
+    elif not _squashes(found):
+        lacks = f"{file}: its preprocessing is {found}, which no package does"
+    else:
+        return
+    raise ValueError(
+        f"{lacks}; save it with classes=['ant', …], info={{'preprocessing': {{'size': 224, 'mean': [0.5, 0.5, 0.5], "
+        "'std': [0.5, 0.5, 0.5]}}: the whole image is squashed to size × size, bicubic, never cropped; a timm data "
+        "config has the size in input_size[-1]"
+    )
+
+
+def _squashes(found: Any) -> bool:
+    if not isinstance(found, dict) or found.get("resize", SQUASH) != SQUASH:
+        return False
+    size, colors = found.get("size"), [found.get("mean"), found.get("std")]
+    if not all(isinstance(each, list) and [type(x) in (int, float) for x in each] == [True] * 3 for each in colors):
+        return False
+    return type(size) is int and size > 0 and 0 not in colors[1]
 
 
 def build(source: Source, out: Path, *, opset: int | None = None, tolerance: float = TOLERANCE) -> dict[str, Any]:

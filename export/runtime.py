@@ -67,6 +67,16 @@ def read_manifest(folder: Path) -> Any:
     return manifest
 
 
+def check_files(folder: Path, manifest: Any) -> None:
+    """Raise ValueError for a file that is missing, or not the one that was exported."""
+    for name in FILES:
+        path, expected = folder / name, manifest["files"].get(name, {}).get("sha256")
+        if not path.is_file():
+            raise ValueError(f"{path} is missing; export again")
+        if sha256(path) != expected:
+            raise ValueError(f"{path} was changed after the export; export again")
+
+
 class Classifier:
     """A package, loaded: paths or PIL images in, labels and probabilities out.
 
@@ -75,7 +85,7 @@ class Classifier:
         threads: of ONNX Runtime; None leaves it the choice.
 
     Raises:
-        ValueError: the folder is no package, or one of a newer format.
+        ValueError: the folder is no package, or one of a newer format, or a file of it was changed.
 
     >>> Classifier("package").predict(["cat.jpg"], top=1)  # doctest: +SKIP
     [[('cat', 0.98)]]
@@ -84,6 +94,7 @@ class Classifier:
     def __init__(self, folder: str | Path, threads: int | None = None) -> None:
         folder = Path(folder)
         self.manifest = read_manifest(folder)
+        check_files(folder, self.manifest)
         self.labels = [label for _, label in sorted(read_json(folder / "config.json")["id2label"].items(), key=_number)]
         self.preprocessor = read_json(folder / "preprocessor_config.json")
         options = onnxruntime.SessionOptions()
@@ -91,8 +102,6 @@ class Classifier:
         if threads:
             options.intra_op_num_threads = threads
         model = folder / "model.onnx"
-        if not model.is_file():
-            raise ValueError(f"{folder} is no exported package: model.onnx is missing")
         try:
             self.session = onnxruntime.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
         except Exception as error:  # onnxruntime raises classes of its own

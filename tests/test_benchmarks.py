@@ -1,5 +1,7 @@
 """The sweeps over timm: what they report where a promise holds, where it is refused and where it is broken."""
 
+import runpy
+import sys
 from dataclasses import dataclass
 
 import pytest
@@ -157,3 +159,32 @@ def test_changing_adapters_is_timed(capsys):
     rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines()[2:-1]]
     assert [row[0].removeprefix("| ") for row in rows] == [*swap.CHANGES, "from nothing"]
     assert all(float(row[2].replace(",", "").removesuffix(" |")) >= 0 for row in rows)
+
+
+REFUSED = {
+    "swap --model nosuchmodel": "unknown timm model 'nosuchmodel'; did you mean",
+    "swap --rounds 0": "--rounds 0 must be at least 1",
+    "swap --device tpu": "--device tpu is not on this machine; here: ",
+    "structured --tokens -1": "--tokens -1 must be at least 1",
+    "structured --rouns 3": "unrecognized arguments: --rouns 3; did you mean '--rounds'",
+    "parameters --model test_vit": "unrecognized arguments: --model test_vit",
+    "vtab_suite --model nosuchmodel": "unknown timm model 'nosuchmodel'; did you mean",
+    "vtab_suite --tasks kiti": "--tasks: 'kiti' is unknown; did you mean 'kitti'",
+    "vtab_suite --share 0": "--share 0.0 must lie in (0, 1]",
+    "vtab_suite --epochs 0": "--epochs 0 must be at least 1",
+    "coverage --families resnets": "--families: 'resnets' is unknown; did you mean",
+    "architectures --limit many": "argument --limit: invalid int value: 'many'; see",
+}
+
+
+@pytest.mark.parametrize("line", REFUSED)
+def test_a_mistake_is_one_line_and_exit_code_2(line, monkeypatch, capsys):
+    name, *argv = line.split()
+    monkeypatch.setattr("sys.argv", [name, *argv])
+    monkeypatch.delitem(sys.modules, f"benchmarks.{name}", raising=False)
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_module(f"benchmarks.{name}", run_name="__main__")
+    assert stop.value.code == 2
+    (said,) = capsys.readouterr().err.splitlines()
+    assert said.startswith("error: ")
+    assert REFUSED[line] in said

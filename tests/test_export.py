@@ -1,4 +1,5 @@
 import json
+import re
 import subprocess
 import sys
 
@@ -13,7 +14,7 @@ from export import __main__ as export_command
 from export import bench, cli, predict, verify
 from export.graph import folded, to_onnx
 from export.package import Source, build
-from export.runtime import Classifier, random_pixels, relative_error
+from export.runtime import Classifier, random_pixels, relative_error, sha256
 from vtab.data import file_split
 
 METHODS = {
@@ -88,6 +89,53 @@ def test_the_package_computes_what_the_unfolded_model_computes(package):
         assert relative_error(runtime.logits(pixels), expected) < 1e-5
 
 
+def test_a_run_that_is_not_there_names_those_near_it(tmp_path, capsys):
+    for run in ("mine", "other"):
+        (tmp_path / "runs" / run).mkdir(parents=True)
+        (tmp_path / "runs" / run / "adapter.safetensors").touch()
+    (tmp_path / "runs" / "half").mkdir()
+    (tmp_path / "runs" / "one.safetensors").touch()
+    for given, meant in {
+        "deeper/and/deeper": "'mine' or 'one.safetensors' or 'other'",
+        "nofile.safetensors": "'one.safetensors'",
+        "mime": "'mine'",
+    }.items():
+        said = refused(capsys, export_command.main, tmp_path / "runs" / given, "--out", tmp_path / "package")
+        assert f"{given} is not there; in {tmp_path / 'runs'}, did you mean {meant}?" in said
+    said = refused(capsys, export_command.main, tmp_path / "runs" / "half", "--out", tmp_path / "package")
+    assert "half holds no adapter.safetensors; finish the run first" in said
+
+
+TIMM = {"input_size": [3, 32, 32], "interpolation": "bicubic", "mean": [0.5] * 3, "std": [0.5] * 3, "crop_pct": 0.9}
+UNFIT = {
+    "classes": (None, INFO, "does not say its classes"),
+    "nothing": (CLASSES, {}, "does not say its preprocessing"),
+    "timm's": (CLASSES, {"preprocessing": TIMM}, "preprocessing is {'input_size': [3, 32, 32], "),
+    "one mean": (CLASSES, {"preprocessing": {**INFO["preprocessing"], "mean": 0.5}}, "'mean': 0.5"),
+    "no size": (CLASSES, {"preprocessing": {**INFO["preprocessing"], "size": "32"}}, "'size': '32'"),
+    "std 0": (CLASSES, {"preprocessing": {**INFO["preprocessing"], "std": [0, 1, 1]}}, "'std': [0, 1, 1]"),
+    "cropped": (CLASSES, {"preprocessing": {**INFO["preprocessing"], "resize": "crop"}}, "'resize': 'crop'"),
+}
+
+
+@pytest.mark.parametrize("case", UNFIT)
+def test_a_file_without_what_a_package_needs_says_what_to_save_and_how(case, tmp_path, capsys):
+    classes, info, says = UNFIT[case]
+    base = cv.Base("test_vit", "random", 32)
+    model = base.build(len(CLASSES))
+    cv.inject(model, METHODS["lora"])
+    awaken(model)
+    file = tmp_path / "it.safetensors"
+    cv.save(model, file, base=base, classes=classes, info=info)
+    said = refused(capsys, export_command.main, file, "--out", tmp_path / "package")
+    assert says in said
+    written = re.search(r"save it with (classes=.*}}): the whole", said)[1]
+    given = eval(f"dict({written})".replace("…", "'bee', 'cow'"))
+    given["info"]["preprocessing"]["size"] = 32
+    cv.save(model, file, base=base, **given)
+    build(Source.open(file), tmp_path / "package")
+
+
 def test_a_lora_merges_into_the_plain_models_graph(merged):
     file, folder = merged
     plain = to_onnx(cv.remove(cv.load(file)).float().eval(), 32, {})
@@ -160,25 +208,30 @@ def test_running_a_package_never_imports_torch(merged, tmp_path, module):
 
 
 @pytest.mark.parametrize("name", ["model.onnx", "config.json", "preprocessor_config.json"])
-def test_verify_catches_a_flipped_byte_in_any_file(copied, name, capsys):
+def test_a_flipped_byte_in_any_file_is_caught_before_anything_runs(copied, name, capsys):
     content = bytearray((copied / name).read_bytes())
     content[len(content) // 2] ^= 1
     (copied / name).write_bytes(bytes(content))
-    assert f"{name} was changed after the export" in refused(capsys, verify.main, copied)
+    for command in ([verify.main, copied], [predict.main, copied, "x.png"]):
+        assert f"{name} was changed after the export; export again" in refused(capsys, *command)
+    (copied / name).unlink()
+    assert f"{name} is missing; export again" in refused(capsys, predict.main, copied, "x.png")
+
+
+def make_the_checksum_fit(folder):
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["files"]["model.onnx"]["sha256"] = sha256(folder / "model.onnx")
+    (folder / "manifest.json").write_text(json.dumps(manifest))
 
 
 def test_verify_catches_weights_that_compute_something_else(copied, capsys):
     """The checksums are made to fit, so only the probe can tell."""
-    from export.runtime import sha256
-
     proto = onnx.load(copied / "model.onnx")
     weight = max(proto.graph.initializer, key=lambda i: len(i.raw_data))
     array = onnx.numpy_helper.to_array(weight) * 1.5
     weight.CopyFrom(onnx.numpy_helper.from_array(array, weight.name))
     onnx.save(proto, copied / "model.onnx")
-    manifest = json.loads((copied / "manifest.json").read_text())
-    manifest["files"]["model.onnx"]["sha256"] = sha256(copied / "model.onnx")
-    (copied / "manifest.json").write_text(json.dumps(manifest))
+    make_the_checksum_fit(copied)
     assert "the probe is off by" in refused(capsys, verify.main, copied)
 
 
@@ -244,9 +297,10 @@ def test_a_newer_package_says_to_upgrade(copied, capsys):
     assert "manifest.json is damaged" in refused(capsys, verify.main, copied)
 
 
-def test_a_truncated_graph_is_one_line(copied, capsys):
+def test_a_graph_that_onnxruntime_refuses_is_one_line(copied, capsys):
     content = (copied / "model.onnx").read_bytes()
     (copied / "model.onnx").write_bytes(content[: len(content) // 2])
+    make_the_checksum_fit(copied)
     assert "model.onnx does not load" in refused(capsys, predict.main, copied, "x.png")
 
 

@@ -1,14 +1,18 @@
 """The hub, played by a local folder: what is uploaded, what comes down, what is said when it does not work."""
 
 import json
+import os
 import shutil
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import huggingface_hub
 import pytest
 import torch
 import yaml
-from huggingface_hub import errors
+from huggingface_hub import constants, errors
 from safetensors import safe_open
 from safetensors.torch import save_file
 
@@ -305,6 +309,61 @@ def test_failures_become_one_line_that_names_repo_and_cure(error, kind, message,
     with pytest.raises(kind, match=message.replace("v2", "")) as caught:
         cv.push_to_hub(adapted(tiny_vit()), "me/task")
     assert "\n" not in str(caught.value)
+
+
+@pytest.fixture
+def nobody():
+    """The address of a hub that refuses every connection."""
+    with socket.socket() as held:  # bound, so that nobody else listens there
+        held.bind(("127.0.0.1", 0))
+        yield f"http://127.0.0.1:{held.getsockname()[1]}"
+
+
+@pytest.mark.parametrize("call", ["cv.Base('test_vit').build(5)", "cv.load('hf-hub:me/task')"])
+def test_out_of_the_hubs_reach_it_is_asked_once_and_not_heard(call, nobody, tmp_path):
+    """In a process of its own: huggingface_hub reads its settings at import."""
+    code = f"""
+import capavision as cv, time
+from huggingface_hub import constants
+start = time.perf_counter()
+try:
+    {call}
+except (ValueError, OSError) as error:
+    print(type(error).__name__, error)
+assert time.perf_counter() - start < 15 and constants.HF_HUB_OFFLINE is False
+"""
+    own = {"HF_ENDPOINT": nobody, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path), "NO_PROXY": "127.0.0.1"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], check=False, env=os.environ | own, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    (said,) = done.stdout.splitlines()
+    assert "not on this machine" in said
+
+
+def test_a_file_in_the_cache_needs_no_hub(nobody, tmp_path, monkeypatch):
+    kept = tmp_path / "models--me--task"
+    written(kept / "snapshots" / ("0" * 40) / "adapter.safetensors")
+    (kept / "refs").mkdir()
+    (kept / "refs" / "main").write_text("0" * 40)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", nobody)
+    asked = []
+    monkeypatch.setattr(huggingface_hub.utils, "get_session", lambda: Asked(asked))
+    assert Path(hub.fetched("hf-hub:me/task")).is_file()
+    assert asked == [nobody]
+
+
+class Asked:
+    """A session without a network that notes what it was asked for."""
+
+    def __init__(self, asked):
+        self.asked = asked
+
+    def head(self, url, timeout):
+        self.asked.append(url)
+        raise transport_error()
 
 
 def test_faults_of_our_own_are_not_blamed_on_the_hub(monkeypatch):

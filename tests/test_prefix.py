@@ -157,7 +157,7 @@ def test_attentions_with_a_softmax_of_their_own_are_refused(name):
 
 
 def test_models_without_attention_are_refused():
-    with pytest.raises(ValueError, match="ResNet has no default host for Prefix; name targets"):
+    with pytest.raises(ValueError, match="^ResNet has no attention that Prefix could enter; use Adapter, .*LoRA"):
         cv.inject(create("test_resnet"), cv.Prefix())
 
 

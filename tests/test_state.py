@@ -21,6 +21,7 @@ from capavision.inject import injections
 from tests.conftest import (
     assert_moved,
     assert_unchanged,
+    awaken,
     awaken_deltas,
     create,
     images,
@@ -293,12 +294,22 @@ def test_a_model_that_is_not_timms_is_loaded_onto_the_given_one(tmp_path):
     assert torch.equal(cv.load(path, fresh)(x), model(x))
 
 
-def test_a_folded_adapter_beside_an_injection_is_not_saved(tmp_path):
+STRAY = r"blocks\.0 \(ExtendedBlock\) carries a delta of no injection: fold made it den"
+
+
+def test_a_folded_adapter_takes_no_injection_that_could_not_be_saved():
     model = cv.fold(adapted(tiny_vit(), cv.Adapter(rank=2)))
-    with pytest.raises(
-        ValueError, match=r"blocks\.0 \(ExtendedBlock\) carries a delta of no injection: fold made it den"
-    ):
-        written(tmp_path / "it.safetensors", adapted(model))
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=STRAY):
+        cv.inject(model, METHOD)
+    assert_unchanged(model, before)
+
+
+def test_a_folded_block_that_came_after_inject_is_not_saved(tmp_path):
+    model = adapted(tiny_vit(), targets="blocks.1.attn.qkv")
+    model.blocks[0] = cv.fold(adapted(tiny_vit(), cv.Adapter(rank=2))).blocks[0]
+    with pytest.raises(ValueError, match=STRAY):
+        written(tmp_path / "it.safetensors", model)
     assert not list(tmp_path.iterdir())
 
 
@@ -339,6 +350,13 @@ def smuggle(metadata, tensors):
 
 def reshape(metadata, tensors):
     tensors["blocks.0.attn.qkv.delta.parts.q.A.value"] = torch.zeros(4, 47)
+
+
+def cast(dtype):
+    def change(metadata, tensors):
+        tensors["blocks.0.attn.qkv.delta.parts.q.A.value"] = torch.ones(4, 48, dtype=dtype)
+
+    return change
 
 
 Refusal = namedtuple("Refusal", "make match model", defaults=[tiny_vit])
@@ -400,6 +418,9 @@ REFUSALS = {
     "a mask among the values": Refusal(changed(smuggle), r"not in the model \['blocks\.0.*\.mask"),
     "a value too many": Refusal(changed(add), r"not in the model \['blocks\.0\.attn\.qkv\.delta\.parts\.k\.A\."),
     "a value of another shape": Refusal(changed(reshape), r"q\.A\.value is \(4, 47\), the model's is \(4, 48\)"),
+    "whole numbers": Refusal(changed(cast(torch.int64)), r"A\.value is of int64, the model's of float32; save it a"),
+    "complex numbers": Refusal(changed(cast(torch.complex64)), r"q\.A\.value is of complex64, the model's of float32"),
+    "bits": Refusal(changed(cast(torch.bool)), r"q\.A\.value is of bool, the model's of float32"),
 }  # fmt: skip
 
 
@@ -700,7 +721,13 @@ def test_weights_may_lie_in_the_cache_folder(tmp_path, monkeypatch):
         (Base("test_vit", weights="../it.safetensors"), r"must name a \.safetensors file in"),
         (Base("test_vit", weights="/it.safetensors"), r"must name a \.safetensors file in"),
         (Base("test_vit", weights="it.pt"), r"must name a \.safetensors file in"),
-        (Base("test_vit"), "pretrained weights of 'test_vit' are not on this machine and could not be fetched"),
+        (
+            Base("test_vit"),
+            "pretrained weights of 'test_vit' are not on this machine and could not be fetched .*; take a machine "
+            r"that reaches the Hugging Face hub, or Base\(…, weights='random'\), Base\(…, weights='FILE.safetensors'\) "
+            r"for a file in .*, or, to load an adapter, a model of your own: load\(path, model=…\)$",
+        ),
+        (Base("coatnet_0_224"), "timm has no pretrained weights of 'coatnet_0_224'; take another model, or Base"),
     ],
     ids=lambda value: getattr(value, "weights", ""),
 )
@@ -708,6 +735,40 @@ def test_a_base_that_cannot_be_built_is_refused(base, match):
     assert timm.is_model("test_vit")
     with pytest.raises(ValueError, match=match):
         base.build(5)
+
+
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("vit_small_patch16_224", "trained on other base weights: "),
+        ("resnet18", "'blocks.0.attn.qkv', which ResNet lacks"),
+    ],
+)
+def test_a_file_for_another_architecture_names_both(name, why, tmp_path):
+    file = written(tmp_path / "it.safetensors", adapted(create("vit_tiny_patch16_224")))
+    model = create(name)
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=f"{why}.*; the file is of vit_tiny_patch16_224, the model a {name}$"):
+        cv.load(file, model)
+    assert_unchanged(model, before)
+    with pytest.raises(ValueError, match="base weights: (?!.*the file is of)"):
+        cv.load(file, awaken(create("vit_tiny_patch16_224", seed=3)))
+
+
+def test_what_building_the_base_refuses_names_the_file(tmp_path):
+    file = written(tmp_path / "it.safetensors", base=Base("tst_vit", "random"))
+    with pytest.raises(ValueError, match=r"it\.safetensors: unknown timm model 'tst_vit'; did you mean 'test_vit'"):
+        cv.load(file)
+
+
+def test_what_tying_refuses_names_the_file(tmp_path):
+    model = tiny_vit()
+    cv.tie(model)
+    file = written(tmp_path / "it.safetensors", model, base=None)
+    with pytest.raises(
+        ValueError, match=r"it\.safetensors: no module matches blocks='blocks\.0'; .* the model a resnet18"
+    ):
+        cv.load(file, create("resnet18"))
 
 
 SMALL = {"depth": 2, "img_size": 32, "patch_size": 8, "embed_dim": 48, "num_heads": 3}

@@ -245,6 +245,22 @@ def test_an_adapted_head_is_part_of_the_base(tmp_path, files):
     assert_unchanged(model, before)
 
 
+def test_a_head_that_timm_would_make_anew_otherwise_is_refused_with_the_cure(tmp_path):
+    """repvit's reset_classifier drops the distilled half of the head."""
+    sizes = {"embed_dim": (8, 16, 24, 32), "depth": (1, 1, 2, 1), "distillation": True}
+    model = create("repvit_m0_9", num_classes=3, **sizes)
+    cv.inject(model, cv.LoRA(rank=2))
+    cv.save(model, tmp_path / "it.safetensors")
+    other = create("repvit_m0_9", num_classes=5, **sizes)
+    cv.inject(other, cv.LoRA(rank=2))
+    before = snapshot(other)
+    with pytest.raises(
+        ValueError, match=r"RepVit\.reset_classifier\(3\) makes a head without head\.head_dist\..* with num_classes=3"
+    ):
+        cv.load(tmp_path / "it.safetensors", other)
+    assert_unchanged(other, before)
+
+
 def test_a_base_that_changed_since_is_noticed(files):
     """Norms are taken once a version, and a weight written in place has a new one."""
     model = cv.load(files["capaboost"], base(3))

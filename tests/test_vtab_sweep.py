@@ -147,7 +147,7 @@ REFUSED = {
     "reserved flag": ("--tasks digits --task svhn", "--task is the sweep's to set"),
     "flag": ("--tasks digits --ephocs 3", "did you mean '--epochs'"),
     "own flag": ("--tasks digits --jops 3", "or, of the sweep: did you mean '--jobs'"),
-    "method flag": ("--tasks digits --methods lora,bitfit --rank 4", "method bitfit: unrecognized arguments: --rank 4"),
+    "method flag": ("--tasks digits --methods lora,bitfit --rank 4", "--rank is of adapter, ldr, lora"),
     "model": ("--tasks digits --model vit_tinny_patch16_224", "did you mean 'vit_tiny_patch16_224'"),
     "targets": ("--tasks digits --model test_vit --weights random --targets qkw", "did you mean 'qkv'"),
     "seeds": ("--tasks digits --seeds a", "must be a count, such as 3, or a list, such as 0,1,2"),

@@ -258,6 +258,15 @@ REFUSED = {
     "test limit": (["--task", "digits", "--stage", "tune", "--test-limit", "5"], "--test-limit has no use with"),
     "device": (["--task", "digits", "--device", "tpu"], "--device tpu is not on this machine; here: "),
     "flag": (["--task", "digits", "--rnak", "4"], "unrecognized arguments: --rnak 4; did you mean '--rank'"),
+    "flag of others": (
+        ["--task", "digits", "--method", "adapter", "--alpha", "3"],
+        "--alpha 3; adapter has --branches, --density, --masks, --rank, --where, --activation, --scale; --alpha is of "
+        "circulant, kronecker, ldr, lora, toeplitz",
+    ),
+    "flag of others, =": (
+        ["--task", "digits", "--method", "bitfit", "--length=3"],
+        "bitfit has no flags of its own; --length is of prefix",
+    ),
     "value": (["--task", "digits", "--rank", "four"], "argument --rank: invalid int value: 'four'; see python -m"),
     "alpha": (["--task", "digits", "--alpha", "0"], "alpha=0.0 must be a finite int or float other than 0"),
     "seed": (["--task", "digits", "--seed", str(10**20)], "must lie in [0, 2147483648)"),
@@ -294,6 +303,12 @@ def test_absent_pretrained_weights_name_the_choices(tmp_path, capsys, monkeypatc
     said = refused(capsys, ["--task", "digits", "--model", "vit_tiny_patch16_224", "--out", str(tmp_path)])
     for choice in ("reaches the Hugging Face hub", "--weights FILE", "--weights random", "--model demo"):
         assert choice in said
+    assert "Base(" not in said, "advice for Python"
+
+
+def test_a_model_that_nobody_pretrained_names_the_choices(tmp_path, capsys):
+    said = refused(capsys, ["--task", "digits", "--model", "coatnet_0_224", "--out", str(tmp_path)])
+    assert "error: timm has no pretrained weights of 'coatnet_0_224'; take another model, or --weights FILE" in said
 
 
 def test_a_command_line_is_the_dataclasses(tmp_path):

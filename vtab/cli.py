@@ -20,13 +20,17 @@ STOPPED = 130  # what shells report for Ctrl-C
 class Parser(argparse.ArgumentParser):
     """argparse whose complaint is one line, through `run`, and that takes no shortened flags."""
 
+    elsewhere: Mapping[str, str] = {}  # flags that other commands or methods have: a sentence that says so
+
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(allow_abbrev=False, **kwargs)
 
     def error(self, message: str) -> NoReturn:
         """One sentence; unknown flags get near names."""
-        unknown = re.match(r"unrecognized arguments: (--\S+)", message)
+        unknown = re.match(r"unrecognized arguments: (--[\w-]+)", message)
         flags = [flag for action in self._actions for flag in action.option_strings if flag.startswith("--")]
+        if unknown and unknown[1] in self.elsewhere:
+            raise ValueError(f"{message}; {self.elsewhere[unknown[1]]}")
         raise ValueError(f"{message}; {near(unknown[1], flags) if unknown else f'see {self.prog} --help'}")
 
 
@@ -64,6 +68,14 @@ def field_docs(config: type) -> dict[str, str]:
     return docs
 
 
+def flag(field: str) -> str:
+    """
+    >>> flag("mask_lr")
+    '--mask-lr'
+    """
+    return f"--{field.replace('_', '-')}"
+
+
 def add_fields(parser: Any, config: type, choices: Mapping[str, Iterable[str]] = MappingProxyType({})) -> None:
     """One flag for each field of the dataclass `config` that its docstring explains.
 
@@ -74,7 +86,7 @@ def add_fields(parser: Any, config: type, choices: Mapping[str, Iterable[str]] =
     """
     hints, docs = get_type_hints(config), field_docs(config)
     for field in (f for f in dataclasses.fields(config) if f.name in docs):
-        flag, kind, default = f"--{field.name.replace('_', '-')}", _plain(hints[field.name]), field.default
+        kind, default = _plain(hints[field.name]), field.default
         told = default not in (None, "", dataclasses.MISSING) and default is not False
         shown = f" (default: {default})" if told else ""
         text = docs[field.name].rstrip(".").replace("%", "%%") + shown
@@ -84,7 +96,7 @@ def add_fields(parser: Any, config: type, choices: Mapping[str, Iterable[str]] =
         else:
             names = choices.get(field.name)
             keywords |= {"type": kind, "metavar": f"{{{','.join(names)}}}" if names else kind.__name__.upper()}
-        parser.add_argument(flag, **keywords)
+        parser.add_argument(flag(field.name), **keywords)
 
 
 def collect(config: type, values: argparse.Namespace, **more: Any) -> Any:

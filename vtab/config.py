@@ -194,7 +194,19 @@ def parser_for(argv: list[str] | None) -> tuple[cli.Parser, type[cv.Method], rec
     chosen = parser.add_argument_group(f"method {name}")
     chosen.add_argument("--method", default="lora", metavar="NAME", help="(default: lora, or the recipe's)")
     cli.add_fields(chosen, cv.Method.known[name])
+    parser.elsewhere = _of_other_methods(name)
     return parser, cv.Method.known[name], recipe
+
+
+def _of_other_methods(name: str) -> dict[str, str]:
+    """Of each flag that other methods have and `name` lacks, the sentence that says so."""
+    flags = {known: [cli.flag(field) for field in cli.field_docs(method)] for known, method in cv.Method.known.items()}
+    own = f"{name} has {', '.join(flags[name]) or 'no flags of its own'}"
+    owners: dict[str, list[str]] = {}
+    for known in sorted(flags):
+        for flag in flags[known]:
+            owners.setdefault(flag, []).append(known)
+    return {flag: f"{own}; {flag} is of {', '.join(owners[flag])}" for flag in owners if flag not in flags[name]}
 
 
 def configure(values: argparse.Namespace, method: type[cv.Method], recipe: recipes.Recipe | None) -> Config:

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 from capavision.targets import near
 from vtab import recipes
 from vtab.cache import KEEP
+from vtab.cli import flag
 from vtab.evaluate import NORMS
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ def check(config: "Config") -> None:
         raise ValueError("--mask-lr has no use without learned masks; pass --masks learned, or leave it out")
     for field in ("lr_start", "lr_min"):
         if getattr(config, field) > config.lr:
-            raise ValueError(f"{_flag(field)} {getattr(config, field):g} is above the peak, --lr {config.lr:g}")
+            raise ValueError(f"{flag(field)} {getattr(config, field):g} is above the peak, --lr {config.lr:g}")
 
 
 def _choices(config: "Config") -> None:
@@ -43,7 +44,7 @@ def _choices(config: "Config") -> None:
         value = getattr(config, field)
         if value not in choices:
             hint = near(str(value), choices) if len(choices) > 2 else f"choose {' or '.join(choices)}"
-            raise ValueError(f"{_flag(field)} {value!r} is unknown; {hint}")
+            raise ValueError(f"{flag(field)} {value!r} is unknown; {hint}")
     if config.recipe is not None:
         recipes.find(config.recipe)
 
@@ -52,15 +53,15 @@ def _numbers(config: "Config") -> None:
     for field in AT_LEAST_ONE:
         value = getattr(config, field)
         if value is not None and value < 1:
-            raise ValueError(f"{_flag(field)} {value} must be at least 1")
+            raise ValueError(f"{flag(field)} {value} must be at least 1")
     for field in ("seed", "tune_seed"):
         value = getattr(config, field)
         if value is not None and not 0 <= value < 2**31:
-            raise ValueError(f"{_flag(field)} {value} must lie in [0, 2147483648)")
+            raise ValueError(f"{flag(field)} {value} must lie in [0, 2147483648)")
     for field, high in HIGHEST.items():
         value = getattr(config, field)
         if value is not None and not 0 <= value <= high:
-            raise ValueError(f"{_flag(field)} {value} must lie in [0, {high:g}]")
+            raise ValueError(f"{flag(field)} {value} must lie in [0, {high:g}]")
     if not config.clip >= 0:
         raise ValueError(f"--clip {config.clip} must be positive, or 0 not to clip")
 
@@ -85,7 +86,3 @@ def _tuning(config: "Config") -> None:
         raise ValueError("--tune has its own tuning stage and ends in a final run; leave --stage tune out")
     if config.tune_seed is not None and not config.tune:
         raise ValueError("--tune-seed has no use without --tune")
-
-
-def _flag(field: str) -> str:
-    return f"--{field.replace('_', '-')}"

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import capavision as cv
-from capavision.base import fingerprint
+from capavision.base import AbsentWeightsError, fingerprint
 from vtab import backbones, cache
 from vtab.config import Config
 from vtab.data import Data, Split, open_task
@@ -79,6 +79,10 @@ def build(base: cv.Base, num_classes: int, config: Config) -> nn.Module:
     """The backbone with the run's stochastic depth."""
     try:
         return base.build(num_classes, **({"drop_path_rate": config.drop_path} if config.drop_path else {}))
+    except AbsentWeightsError as error:
+        raise ValueError(
+            f"{error.told}, or --weights FILE.safetensors, --weights random, --model demo (weights from a package)"
+        ) from error
     except TypeError as error:
         if "drop_path_rate" not in str(error):
             raise

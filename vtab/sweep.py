@@ -112,7 +112,7 @@ def _parse(label: str, line: list[str]) -> Config:
     try:
         return parse(line)
     except ValueError as error:
-        typed = re.match(r"unrecognized arguments: (--[\w-]+)", str(error))
+        typed = re.match(r"unrecognized arguments: (--[\w-]+).* did you mean", str(error))
         own = [flag for action in parser()._actions for flag in action.option_strings]
         close = typed and near(typed[1], own)
         also = f" or, of the sweep: {close}" if close and len(close) < 40 else ""
