@@ -30,11 +30,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import capavision as cv
 from benchmarks.tables import check_counts, check_names, table
-from vtab import cli, setup, train
+from vtab import cli, setup
 from vtab import config as configs
-from vtab.compiled import forward_of
 from vtab.data import Split
 from vtab.evaluate import Preprocessing, autocast, predict
+from vtab.loop import Loop
 from vtab.tasks import TASKS, Task
 
 PARTS = ("model", "compile", "training", "save and fold", "evaluation")
@@ -111,15 +111,17 @@ def run(
     pixels = torch.from_numpy(training.decode(images.shape[1])).to(device)
     labels = torch.from_numpy(training.labels).to(device)
     preprocessing = Preprocessing(images.shape[1], (0.5,) * 3, (0.5,) * 3)
+    loop = Loop(model, pixels, labels, preprocessing.normalize, config, clock)
     seconds = {"model": time.perf_counter() - start, "compile": 0.0}
     if options.compile:
+        model.train()
         with autocast(device):
-            logits = forward_of(model.train(), config)(preprocessing.normalize(pixels[: options.batch_size]))
+            logits = loop.forward(preprocessing.normalize(pixels[: options.batch_size]))
         logits.float().sum().backward()
         seconds["compile"] = time.perf_counter() - start - seconds["model"]
     with tempfile.TemporaryDirectory() as folder:
         start = time.perf_counter()
-        train.fit(model, pixels, labels, preprocessing.normalize, config, Path(folder), clock=clock)
+        loop.fit(Path(folder))
         seconds["training"] = time.perf_counter() - start
         start = time.perf_counter()
         cv.save(model, Path(folder) / "adapter.safetensors")

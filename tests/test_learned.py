@@ -583,20 +583,21 @@ ARGV += ["--epochs", "2", "--batch-size", "125", "--rank", "2", "--masks", "lear
 
 def test_a_resumed_run_ends_with_the_bits_of_an_unbroken_one(tmp_path, monkeypatch):
     from vtab import train as training
+    from vtab.loop import Loop
 
-    original = training.run_epoch
+    original = Loop.epoch
 
-    def interrupted(*args):
-        if args[7] == 1:
+    def interrupted(self, epoch, bar):
+        if epoch == 1:
             raise KeyboardInterrupt
-        return original(*args)
+        return original(self, epoch, bar)
 
     whole = training.main([*ARGV, "--out", str(tmp_path / "whole")])
     assert whole["stored_parameters"] < whole["trained_parameters"]
-    monkeypatch.setattr(training, "run_epoch", interrupted)
+    monkeypatch.setattr(Loop, "epoch", interrupted)
     with pytest.raises(KeyboardInterrupt):
         training.main([*ARGV, "--out", str(tmp_path / "broken")])
-    monkeypatch.setattr(training, "run_epoch", original)
+    monkeypatch.setattr(Loop, "epoch", original)
     training.main([*ARGV, "--out", str(tmp_path / "broken")])
     one, other = (load_file(tmp_path / name / "a" / "adapter.safetensors") for name in ("whole", "broken"))
     assert one.keys() == other.keys()

@@ -13,6 +13,7 @@ from vtab import cli, plots, protocol, seeds, setup, train
 from vtab.config import Config
 from vtab.data import open_task
 from vtab.evaluate import NORMS, Preprocessing, predict
+from vtab.loop import Loop
 
 TINY = ["--task", "digits", "--model", "test_vit", "--weights", "random", "--img-size", "32", "--rank", "2"]
 TINY += ["--batch-size", "125", "--epochs", "2", "--test-limit", "60"]
@@ -51,14 +52,14 @@ def honest(tmp_path_factory):
 def paper(tmp_path_factory, drawn):
     """Six epochs with a look at every second, the middle one made the best; and what was drawn."""
     out, before, monkeypatch = tmp_path_factory.mktemp("paper"), len(drawn), pytest.MonkeyPatch()
-    real = train.run_epoch
+    real = Loop.epoch
 
-    def spoils_the_last_epochs(*args):
-        if args[7] == 4:
-            next(p for name, p in args[0].named_parameters() if name == "head.bias").data[0] += 100
-        return real(*args)
+    def spoils_the_last_epochs(loop, epoch, bar):
+        if epoch == 4:
+            loop.model.get_parameter("head.bias").data[0] += 100
+        return real(loop, epoch, bar)
 
-    monkeypatch.setattr(train, "run_epoch", spoils_the_last_epochs)
+    monkeypatch.setattr(Loop, "epoch", spoils_the_last_epochs)
     argv = ["--protocol", "paper", "--test-every", "2", "--epochs", "6", *LEARNS]
     result = run(out, "--name", "a", *argv)
     monkeypatch.undo()

@@ -11,10 +11,11 @@ import pytest
 import torch
 
 import capavision as cv
-from vtab import cli, limits, record, setup, train
+from vtab import cli, limits, loop, record, setup, train
 from vtab.config import Config, parse
 from vtab.data import Data, Split
 from vtab.evaluate import accuracy
+from vtab.loop import Loop
 
 TINY = ["--model", "test_vit", "--weights", "random", "--img-size", "32"]
 TINY += ["--epochs", "2", "--batch-size", "125", "--rank", "2"]
@@ -178,27 +179,27 @@ def test_a_run_killed_at_any_epoch_ends_as_if_it_never_stopped(tmp_path):
 
 
 def test_ctrl_c_stops_with_a_line_and_the_run_goes_on_later(tmp_path, monkeypatch, capsys):
-    original = train.run_epoch
+    original = Loop.epoch
 
-    def interrupted(*args):
-        if args[7] == 1:
+    def interrupted(self, epoch, bar):
+        if epoch == 1:
             raise KeyboardInterrupt
-        return original(*args)
+        return original(self, epoch, bar)
 
     argv = ["--task", "digits", *TINY, "--out", str(tmp_path), "--name", "a"]
-    monkeypatch.setattr(train, "run_epoch", interrupted)
+    monkeypatch.setattr(Loop, "epoch", interrupted)
     with pytest.raises(SystemExit) as stop:
         cli.run(lambda: train.main(argv))
     assert stop.value.code == 130
     assert "the same command goes on, a training run" in capsys.readouterr().err
-    monkeypatch.setattr(train, "run_epoch", original)
+    monkeypatch.setattr(Loop, "epoch", original)
     assert train.main(argv)["images"] == 797
     assert "resuming after epoch 1 of 2" in capsys.readouterr().out
 
 
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_epoch(tmp_path, monkeypatch, capsys):
     argv = ["--task", "digits", *TINY, "--epochs", "3", "--out", str(tmp_path), "--name", "a"]
-    original, calls = train.F.cross_entropy, []
+    original, calls = loop.F.cross_entropy, []
 
     def breaks_in_the_second_epoch(*args):
         calls.append(1)
@@ -434,15 +435,15 @@ def test_a_compiler_that_fails_is_named_and_leaves_nothing(tmp_path, monkeypatch
 
 def test_a_second_process_takes_nothing_from_a_run_in_its_first_epoch(tmp_path, monkeypatch, capsys):
     argv = ["--task", "digits", *TINY, "--out", str(tmp_path), "--name", "a"]
-    run_epoch, seen = train.run_epoch, []
+    epoch, seen = Loop.epoch, []
 
-    def visited(*args, **kwargs):
+    def visited(*args):
         if not seen:
             seen.append(refused(capsys, argv))
             assert {path.name for path in (tmp_path / "a").iterdir()} == {"config.json", ".lock"}
-        return run_epoch(*args, **kwargs)
+        return epoch(*args)
 
-    monkeypatch.setattr(train, "run_epoch", visited)
+    monkeypatch.setattr(Loop, "epoch", visited)
     train.main(argv)
     assert "another process trains in" in seen[0]
     assert {path.name for path in (tmp_path / "a").iterdir()} == FILES
