@@ -267,6 +267,10 @@ def test_an_opset_can_be_chosen(merged, tmp_path):
 REFUSED = {
     "no run": (lambda f, t: [export_command.main, t, "--out", t / "p"], "holds no adapter.safetensors"),
     "out exists": (lambda f, t: [export_command.main, f, "--out", t], "exists; name another --out"),
+    "shortened flag": (
+        lambda f, t: [export_command.main, f, "--out", t / "p", "--tol", "1"],
+        "arguments: --tol 1; see",
+    ),
     "no package": (lambda f, t: [predict.main, t, "x.png"], "is no exported package: manifest.json is missing"),
     "no package to verify": (lambda f, t: [verify.main, t], "is no exported package"),
 }

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import capavision as cv
-from vtab import cli, plots, protocol, seeds, setup, train
+from vtab import checkpoint, cli, plots, protocol, seeds, setup, train
 from vtab.config import Config
 from vtab.data import open_task
 from vtab.evaluate import NORMS, Preprocessing, predict
@@ -203,7 +203,7 @@ def test_a_paper_run_killed_between_a_look_and_its_checkpoint_ends_the_same(pape
     """Without the spoiling of the fixture; the interruption comes after the adapter of the first look is written."""
     argv = ["--protocol", "paper", "--test-every", "1", "--epochs", "2", *LEARNS]
     whole = run(tmp_path / "whole", "--name", "a", *argv)
-    real, calls = train.checkpoint.write, []
+    real, calls = checkpoint.write, []
 
     def killed(*args):
         calls.append(1)
@@ -211,7 +211,7 @@ def test_a_paper_run_killed_between_a_look_and_its_checkpoint_ends_the_same(pape
             raise KeyboardInterrupt
         real(*args)
 
-    monkeypatch.setattr(train.checkpoint, "write", killed)
+    monkeypatch.setattr(checkpoint, "write", killed)
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "cut", "--name", "a", *argv)
     assert (tmp_path / "cut" / "a" / "adapter.safetensors").is_file()

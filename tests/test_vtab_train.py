@@ -205,7 +205,7 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_epoch(tmp_path,
         calls.append(1)
         return original(*args) * (float("nan") if len(calls) == 8 + 3 else 1)
 
-    monkeypatch.setattr(train.F, "cross_entropy", breaks_in_the_second_epoch)
+    monkeypatch.setattr(loop.F, "cross_entropy", breaks_in_the_second_epoch)
     with pytest.raises(SystemExit) as stop:
         cli.run(lambda: train.main(argv))
     assert stop.value.code == 2

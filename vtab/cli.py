@@ -3,52 +3,33 @@
 import argparse
 import dataclasses
 import inspect
-import os
 import re
-import sys
 import types
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NoReturn, get_args, get_type_hints
 
+import export.cli as commands
 from capavision.targets import near
 
-STOPPED = 130  # what shells report for Ctrl-C
 
+class Parser(commands.Parser):
+    """The parser of every command here: unknown flags get near names."""
 
-class Parser(argparse.ArgumentParser):
-    """argparse whose complaint is one line, through `run`, and that takes no shortened flags."""
-
-    elsewhere: Mapping[str, str] = {}  # flags that other commands or methods have: a sentence that says so
-
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(allow_abbrev=False, **kwargs)
+    elsewhere: Mapping[str, str] = {}  # flags that other methods have: a sentence that says so
 
     def error(self, message: str) -> NoReturn:
-        """One sentence; unknown flags get near names."""
+        """One sentence."""
         unknown = re.match(r"unrecognized arguments: (--[\w-]+)", message)
+        if not unknown:
+            super().error(message)
         flags = [flag for action in self._actions for flag in action.option_strings if flag.startswith("--")]
-        if unknown and unknown[1] in self.elsewhere:
-            raise ValueError(f"{message}; {self.elsewhere[unknown[1]]}")
-        raise ValueError(f"{message}; {near(unknown[1], flags) if unknown else f'see {self.prog} --help'}")
+        raise ValueError(f"{message}; {self.elsewhere.get(unknown[1]) or near(unknown[1], flags)}")
 
 
-def run(main: Callable[[], Any]) -> None:
-    """Call `main`; turn what a user can mend into one line on stderr and exit code 2, without a traceback.
-
-    CAPAVISION_TRACEBACK=1 shows the traceback all the same.
-    """
-    try:
-        main()
-    except KeyboardInterrupt:
-        print("\nstopped; the same command goes on, a training run from its last finished epoch", file=sys.stderr)
-        sys.exit(STOPPED)
-    except (ValueError, OSError) as error:
-        if os.environ.get("CAPAVISION_TRACEBACK"):
-            raise
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
+run = partial(commands.run, stopped="the same command goes on, a training run from its last finished epoch")
 
 
 def field_docs(config: type) -> dict[str, str]:
