@@ -174,6 +174,9 @@ def test_missing_tasks_are_told_all_at_once_before_anything_starts(tmp_path, cap
     said = refused(capsys, argv)
     assert "3 of 3 tasks cannot be opened, nothing was started" in said
     assert all(name in said for name in ("dtd/val200.txt is missing", "svhn", "kitti"))
+    said = refused(capsys, ["--tasks", "dtd,digits,svhn", "--out", str(tmp_path / "runs"), *TINY])
+    assert "2 of 3 tasks cannot be opened, nothing was started: dtd, svhn: task 'TASK' needs its images" in said
+    assert said.count("--data-root") == 1
     assert not (tmp_path / "runs").exists()
 
 

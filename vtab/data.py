@@ -167,8 +167,8 @@ def open_task(
     task = tasks.find(name)
     if task.id not in generated.SOURCES:
         raise ValueError(
-            f"task {task.id!r} needs its images: --data-root FOLDER that holds {task.id}/train800.txt and the other "
-            f"lists; tasks that need none: {', '.join(generated.SOURCES)}"
+            f"task {task.id!r} needs its images: --data-root FOLDER, as python -m vtab.data fetch --root FOLDER --task "
+            f"{task.id} fills it; tasks that need none: {', '.join(generated.SOURCES)}"
         )
     return generated.SOURCES[task.id]()
 

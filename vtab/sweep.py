@@ -8,6 +8,7 @@ import argparse
 import dataclasses
 import re
 import sys
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
@@ -161,9 +162,9 @@ def check_data(configs: Iterable[Config]) -> None:
     """Open every task once.
 
     Raises:
-        ValueError: tasks that cannot be opened, all of them in one message.
+        ValueError: tasks that cannot be opened, all of them in one message, those of one cause together.
     """
-    problems: dict[str, str] = {}
+    problems: dict[str, list[str]] = defaultdict(list)
     checked = set()
     for config in configs:
         if config.task in checked:
@@ -172,10 +173,14 @@ def check_data(configs: Iterable[Config]) -> None:
         try:
             setup.open_data(config)
         except (ValueError, OSError) as error:
-            problems[config.task] = str(error)
+            problems[str(error).replace(config.task, "TASK") if config.task else str(error)].append(config.task)
     if problems:
-        told = "; ".join(problems.values())
-        raise ValueError(f"{len(problems)} of {len(checked)} tasks cannot be opened, nothing was started: {told}")
+        told = "; ".join(
+            f"{', '.join(names)}: {cause}" if len(names) > 1 else cause.replace("TASK", names[0])
+            for cause, names in problems.items()
+        )
+        count = sum(map(len, problems.values()))
+        raise ValueError(f"{count} of {len(checked)} tasks cannot be opened, nothing was started: {told}")
 
 
 def place(args: argparse.Namespace, runs: Sequence[Run], config: Config) -> Place:
