@@ -96,7 +96,7 @@ def _uses(graph: onnx.GraphProto, model: nn.Module) -> dict[str, Use]:
 
 
 def _scope(node: onnx.NodeProto, modules: set[str]) -> str:
-    """The innermost module that a node is of: in dynamo's metadata, or in legacy's name, "/blocks/blocks.0/attn/MatMul"."""
+    """The innermost module that a node is of: dynamo has metadata, legacy calls it "/blocks/blocks.0/attn/MatMul"."""
     for prop in node.metadata_props:
         if prop.key == SCOPES:
             return next((s for s in reversed(ast.literal_eval(prop.value)[:-1]) if s in modules), "")
