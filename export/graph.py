@@ -1,12 +1,13 @@
 """A folded model as an ONNX graph with a dynamic batch, without a trace of the machine that made it."""
 
+import contextlib
 import copy
 import json
 import logging
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -126,14 +127,13 @@ def _told(model: nn.Module, failures: list[tuple[str, Exception]]) -> str:
     return f"{type(model).__name__} does not export ({'; '.join(reasons)})"
 
 
-class _quiet(warnings.catch_warnings):  # noqa: N801
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
     """Neither exporter's warnings nor its log."""
-
-    def __enter__(self) -> Any:
-        logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-        entered = super().__enter__()
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return entered
+        yield
 
 
 def _dynamo(model: nn.Module, pixels: Tensor, opset: int, axes: list[str]) -> onnx.ModelProto:

@@ -1,5 +1,7 @@
 """The exported graph: its names, opsets, exporters, sizes and files; and the survey over timm's families."""
 
+import copy
+import functools
 import getpass
 import json
 import os
@@ -22,10 +24,30 @@ from export.graph import exporter_of, folded, save, to_onnx
 from export.names import nodes
 from export.package import Source, build
 from export.runtime import Classifier, random_pixels, relative_error
-from tests.conftest import awaken, awaken_deltas, create, images, outputs
-from tests.test_export import METHODS, adapter_file, refused
+from tests.conftest import awaken, awaken_deltas, create, images, outputs, twin
+from tests.test_export import CLASSES, INFO, METHODS, refused
 
-NAMED = {"test_vit": {"img_size": 32}, "test_resnet": {}, "test_convnext": {}, "test_byobnet": {}}
+VIT = {"img_size": 32, "depth": 1}
+NAMED = {"test_vit": VIT, "test_byobnet": {}, "test_convnext": {"depths": (1, 1, 1, 1)}}
+
+
+def adapter_file(path, name="test_vit", **kwargs):
+    base = cv.Base(name, "random", kwargs=kwargs or (VIT if name == "test_vit" else {}))
+    model = base.build(len(CLASSES))
+    cv.inject(model, METHODS["lora"])
+    cv.save(awaken_deltas(model), path, base=base, classes=CLASSES, info=INFO)
+    return path
+
+
+@functools.cache
+def named(name, seed=0):
+    return awaken(create(name, seed, **NAMED[name]), seed)
+
+
+@functools.cache
+def traced(name, exporter, seed=0):
+    """A graph that tests read and never write."""
+    return to_onnx(twin(named(name, seed)), NAMED[name].get("img_size", 64), {}, exporter=exporter)
 
 
 def session(proto):
@@ -61,8 +83,7 @@ def classified(names, model):
 @pytest.mark.parametrize("exporter", ["dynamo", "legacy"])
 @pytest.mark.parametrize("name", NAMED)
 def test_every_initializer_has_its_pytorch_name(name, exporter):
-    model, x = awaken(create(name, **NAMED[name])), images(NAMED[name].get("img_size", 64))
-    proto = to_onnx(model, x.shape[-1], {}, exporter=exporter)
+    model, x, proto = named(name), images(NAMED[name].get("img_size", 64)), traced(name, exporter)
     onnx.checker.check_model(proto, full_check=True)
     assert relative_error(run(proto, x), outputs(model, x).numpy()) < 1e-5
     found, known = initializers(proto), {key: t.numpy() for key, t in tensors(model).items()}
@@ -90,11 +111,10 @@ def test_every_initializer_has_its_pytorch_name(name, exporter):
 
 
 def test_names_do_not_hang_on_the_weights_nor_parameters_on_the_exporter():
-    one, two = (awaken(create("test_vit", seed, img_size=32), seed) for seed in (0, 1))
-    found = [set(initializers(to_onnx(model, 32, {}))) for model in (one, two)]
-    assert found[0] == found[1]
-    legacy = classified(set(initializers(to_onnx(one, 32, {}, exporter="legacy"))), one)[0]
-    assert classified(found[0], one)[0] == legacy
+    model, found = named("test_vit"), set(initializers(traced("test_vit", "dynamo")))
+    assert found == set(initializers(traced("test_vit", "dynamo", seed=1)))
+    legacy = set(initializers(traced("test_vit", "legacy")))
+    assert classified(found, model)[0] == classified(legacy, model)[0]
 
 
 class Twins(nn.Module):
@@ -146,7 +166,7 @@ def test_a_parameter_called_like_the_output_gets_a_name_of_its_own():
 
 
 def test_a_folded_adapters_bottlenecks_have_names_too():
-    model = create("test_vit", img_size=32)
+    model = create("test_vit", **VIT)
     cv.inject(model, METHODS["adapter"])
     found = set(initializers(to_onnx(folded(awaken_deltas(model)), 32, {})))
     assert {"blocks.0.delta.D.value.T", "blocks.0.delta.U.value.T"} <= found
@@ -157,7 +177,7 @@ def test_a_folded_adapters_bottlenecks_have_names_too():
 
 @pytest.fixture(scope="module")
 def file(tmp_path_factory):
-    return adapter_file(tmp_path_factory.mktemp("run") / "adapter.safetensors", METHODS["lora"])
+    return adapter_file(tmp_path_factory.mktemp("run") / "adapter.safetensors")
 
 
 @pytest.mark.parametrize("opset", graph.OPSETS)
@@ -180,7 +200,6 @@ REFUSED = {
     "opset": (["--opset", "19"], "opset 19 is none of 18, 20, 23"),
     "exporter": (["--exporter", "script"], "exporter 'script' is none of dynamo, legacy"),
     "both": (["--exporter", "legacy", "--opset", "23"], "the legacy exporter writes no opset above 20, so not 23"),
-    "size": (["--dynamic-size"], "test_vit (VisionTransformer) takes images of 32 × 32 only (Input height (64)"),
 }
 
 
@@ -254,7 +273,7 @@ def test_no_path_no_user_and_no_stack_trace_is_in_any_exported_byte(exporter, fi
 
 def test_the_scan_above_would_find_what_dynamo_leaves(monkeypatch):
     monkeypatch.setattr(graph, "_clean", lambda proto, about: proto)
-    whole = to_onnx(create("test_vit", img_size=32), 32, {}).SerializeToString()
+    whole = to_onnx(Twins().eval(), 8, {}).SerializeToString()
     assert re.search(rb"/[^\s]+\.py", whole)
 
 
@@ -262,18 +281,15 @@ def test_the_scan_above_would_find_what_dynamo_leaves(monkeypatch):
 
 
 def test_weights_above_the_threshold_lie_beside_the_graph(tmp_path):
-    model, x = create("test_vit", img_size=32), images(32, 3)
-    proto = to_onnx(model, 32, {})
+    proto, x = traced("test_vit", "legacy"), images(32, 3)
     save(proto, tmp_path / "small.onnx")
     assert [path.name for path in tmp_path.iterdir()] == ["small.onnx"]
-    names = list(initializers(proto))
-    path = tmp_path / "large.onnx"
+    path, data = tmp_path / "large.onnx", tmp_path / "large.onnx.data"
     for _ in range(2):  # a second time, the file beside it is there
-        save(to_onnx(model, 32, {}), path, large=1_000_000)
-        size = (tmp_path / "large.onnx.data").stat().st_size
-        assert 0.9 * (tmp_path / "small.onnx").stat().st_size < size + path.stat().st_size < 1_600_000
-    assert path.stat().st_size < 0.2 * size
-    assert [i.name for i in onnx.load(path, load_external_data=False).graph.initializer] == names
+        save(copy.deepcopy(proto), path, large=100_000)
+        assert data.stat().st_size + path.stat().st_size < 1.1 * (tmp_path / "small.onnx").stat().st_size
+    assert path.stat().st_size < 0.3 * data.stat().st_size
+    assert [i.name for i in onnx.load(path, load_external_data=False).graph.initializer] == list(initializers(proto))
     np.testing.assert_array_equal(run(path, x), run(tmp_path / "small.onnx", x))
 
 
@@ -313,18 +329,26 @@ def test_a_model_above_2_gb(exporter, tmp_path):
 # Height and width ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["test_resnet", "test_convnext"])
-def test_a_convolutional_net_takes_any_size(name, tmp_path):
-    file = adapter_file(tmp_path / "a.safetensors", cv.LoRA(rank=2, branches=2), name=name)
+@pytest.mark.parametrize("name", ["test_resnet", "test_vit"])
+def test_a_net_that_takes_any_size_does_so_exported(name, tmp_path):
+    file = adapter_file(tmp_path / "a.safetensors", name)
     manifest = export_command.main([str(file), "--out", str(tmp_path / "package"), "--dynamic-size"])
     assert manifest["dynamic_size"].keys() == {"32×32", "64×32"}
     assert max(manifest["dynamic_size"].values()) < 1e-5
     path = tmp_path / "package" / "model.onnx"
     dims = onnx.load(path).graph.input[0].type.tensor_type.shape.dim
     assert [d.dim_param or d.dim_value for d in dims] == ["batch", 3, "height", "width"]
-    x = torch.randn(3, 3, 96, 160)
+    x = torch.randn(3, 3, 96, 160, generator=torch.Generator().manual_seed(0))
     assert relative_error(run(path, x), outputs(cv.load(file), x).numpy()) < 1e-5
     assert len(Classifier(tmp_path / "package").logits(random_pixels(0, 2, 32))) == 2
+
+
+def test_a_net_of_one_size_is_refused_by_name(tmp_path, capsys):
+    kwargs = {"img_size": 32, "depth": 1, "embed_dim": 48}
+    file = adapter_file(tmp_path / "a.safetensors", "vit_tiny_patch16_224", **kwargs)
+    said = refused(capsys, export_command.main, file, "--out", tmp_path / "package", "--dynamic-size")
+    assert "vit_tiny_patch16_224 (VisionTransformer) takes images of 32 × 32 only (Input height (64)" in said
+    assert [path.name for path in tmp_path.iterdir()] == ["a.safetensors"]
 
 
 class Sized(nn.Module):
