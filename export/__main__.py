@@ -15,7 +15,15 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     )
     parser.add_argument("run", type=Path, metavar="RUN_DIR", help="a finished run's folder, or an adapter file")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="the package's folder, not there yet")
-    parser.add_argument("--opset", type=int, metavar="N", help="ONNX opset (default: the exporter's own)")
+    parser.add_argument("--opset", type=int, metavar="N", help="ONNX opset: 18, 20 or 23 (default: 20)")
+    parser.add_argument(
+        "--exporter",
+        metavar="NAME",
+        help="PyTorch's dynamo or legacy (default: dynamo, and legacy where that fails; the manifest says which)",
+    )
+    parser.add_argument(
+        "--dynamic-size", action="store_true", help="leave height and width open, where the architecture allows it"
+    )
     parser.add_argument(
         "--tolerance",
         type=float,
@@ -26,12 +34,21 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     args = parser.parse_args(argv)
     if args.out.exists():
         raise ValueError(f"{args.out} exists; name another --out, or delete it first")
+    from export.graph import check_choices
     from export.package import Source, build
 
-    manifest = build(Source.open(args.run), args.out, opset=args.opset, tolerance=args.tolerance)
-    worst = max(manifest["parity"]["relative_error"].values())
+    check_choices(args.opset, args.exporter)
+    manifest = build(
+        Source.open(args.run),
+        args.out,
+        opset=args.opset,
+        exporter=args.exporter,
+        dynamic_size=args.dynamic_size,
+        tolerance=args.tolerance,
+    )
+    worst = max(max(task["parity"]["relative_error"].values()) for task in manifest["tasks"].values())
     size = manifest["files"]["model.onnx"]["bytes"] / 1e6
-    kind = "merged into the plain graph" if manifest["merged"] else "folded into dense bottlenecks"
+    kind = "merged into the plain graph" if manifest["form"] == "merged" else "folded into dense bottlenecks"
     print(f"{args.out}: {size:.1f} MB, {kind}, within {worst:.1e} of PyTorch at batches 1, 2, 3, 5")
     return manifest
 

@@ -8,7 +8,14 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-RUNNING = {"export/runtime.py", "export/predict.py", "export/verify.py", "export/cli.py", "export/__init__.py"}
+RUNNING = {
+    "export/runtime.py",
+    "export/session.py",
+    "export/predict.py",
+    "export/verify.py",
+    "export/cli.py",
+    "export/__init__.py",
+}
 FORBIDDEN = {
     "capavision": {"vtab", "export", "onnx", "onnxruntime", "torchvision"},
     "vtab": {"export", "onnxruntime"},
@@ -83,6 +90,7 @@ def test_no_pickle_is_ever_loaded():
         "export.predict",
         "export.verify",
         "export.bench",
+        "export.survey",
     ],
 )
 def test_every_command_has_a_help(module):
