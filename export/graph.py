@@ -20,8 +20,6 @@ from export import names
 OPSETS = (18, 20, 23)  # the widest reach, PyTorch's own choice, the newest that PyTorch writes
 OPSET = 20
 LEGACY_OPSET = 20  # the newest that the legacy exporter writes
-LARGE = 1536 << 20  # bytes of weights; protobuf ends at 2 GB, and a graph grows when its variants are made
-INLINE = 1024  # bytes; a smaller tensor stays in the graph, where shapes must be known
 Inputs = Mapping[str, tuple[Tensor, dict[int, str]]]  # by name: an example, and the symbols of its free axes
 
 
@@ -82,26 +80,6 @@ def check_choices(opset: int | None, exporter: str | None) -> None:
 def exporter_of(proto: onnx.ModelProto) -> str:
     """The exporter that traced a graph of `to_onnx`: "dynamo" or "legacy"."""
     return next(prop.value for prop in proto.metadata_props if prop.key == "exporter")
-
-
-def save(proto: onnx.ModelProto, path: Path, large: int = LARGE) -> None:
-    """Write the graph and let ONNX check it; weights of more than `large` bytes go to a file beside it, path + ".data".
-
-    `proto` gives its weights away then.
-
-    Raises:
-        OSError: the disk is full.
-    """
-    tensors = [tensor for tensor in proto.graph.initializer if tensor.HasField("raw_data")]
-    sizes = [tensor.ByteSize() for tensor in tensors]
-    data = path.with_name(f"{path.name}.data")
-    data.unlink(missing_ok=True)  # onnx would write behind what is there
-    if sum(sizes) > large:
-        for tensor, size in zip(tensors, sizes, strict=True):
-            if size > INLINE:
-                onnx.external_data_helper.set_external_data(tensor, data.name)
-    onnx.save(proto, path)
-    onnx.checker.check_model(str(path), full_check=True)
 
 
 def _first_that_works(

@@ -25,8 +25,9 @@ from capavision.files import new_folder, refuse_existing
 from capavision.inject import injections
 from capavision.targets import near
 from export import sizes
-from export.graph import exporter_of, folded, save, to_onnx
+from export.graph import exporter_of, folded, to_onnx
 from export.runtime import SCHEMA, TOLERANCE, Classifier, random_pixels, relative_error, sha256
+from export.store import save
 
 ADAPTER = "adapter.safetensors"  # in a run folder
 BATCHES = (1, 2, 3, 5)
