@@ -1,7 +1,7 @@
 // An image file as export/images.py reads it: upright, on white where it is transparent, without its colour profile;
 // of an animated one the first frame. Then squashed as Pillow does.
 
-import { columns, rows, weights } from "./resize.js";
+import { resize } from "./resize.js";
 
 const BAND = 256; // rows at a time: a canvas as large as a phone's photo may stay blank without an error
 
@@ -14,29 +14,26 @@ export async function read(file, height, width) {
     throw new Error(`${file.name} is not an image that this browser reads.`);
   }
   try {
-    return squash(bitmap, height, width);
+    return resize(pixels(bitmap), bitmap.width, bitmap.height, width, height);
   } finally {
     bitmap.close();
   }
 }
 
-function squash(bitmap, height, width) {
-  const across = weights(bitmap.width, width);
-  const narrow = new Uint8ClampedArray(bitmap.height * width * 3);
-  for (let y = 0; y < bitmap.height; y += BAND) {
-    const count = Math.min(BAND, bitmap.height - y);
-    narrow.set(rows(band(bitmap, y, count), bitmap.width, count, across), y * width * 3);
-  }
-  return columns(narrow, width, weights(bitmap.height, height));
-}
-
-function band(bitmap, y, count) {
-  const canvas = new OffscreenCanvas(bitmap.width, count);
+/** RGBA bytes of a bitmap, opaque. */
+function pixels(bitmap) {
+  const { width, height } = bitmap;
+  const all = new Uint8ClampedArray(4 * width * height);
+  const canvas = new OffscreenCanvas(width, Math.min(height, BAND));
   const context = canvas.getContext("2d", { willReadFrequently: true });
   context.fillStyle = "white";
-  context.fillRect(0, 0, bitmap.width, count);
-  context.drawImage(bitmap, 0, -y);
-  return context.getImageData(0, 0, bitmap.width, count).data;
+  for (let y = 0; y < height; y += BAND) {
+    context.fillRect(0, 0, width, canvas.height);
+    context.drawImage(bitmap, 0, -y);
+    const { data } = context.getImageData(0, 0, width, Math.min(height - y, BAND));
+    all.set(data, 4 * y * width);
+  }
+  return all;
 }
 
 /** The graph's input, (3, height, width): (x / 255 - mean) / std. */

@@ -2,8 +2,9 @@
 //
 //   out[x] = Σ_i w(x, i) in[i],   w(x, i) = cubic((i + 0.5 - c) / s) / Σ,   c = (x + 0.5) from / to,   s = max(from / to, 1)
 //
-// Wider than two pixels when it shrinks (s > 1), hence free of aliasing. Rows come first, then columns; between the two
-// each value is rounded to 8 bits. Weights are fixed-point numbers of 22 fractional bits. Source: Pillow, Resample.c.
+// Wider than two pixels when it shrinks (s > 1), hence free of aliasing. Rows come first, then columns, unless much more
+// is to go in height; between the two each value is rounded to 8 bits, so the order matters. Weights are fixed-point
+// numbers of 22 fractional bits. Source: Pillow 13, Resample.c; older ones never begin with the columns.
 
 const BITS = 22;
 const HALF = 1 << (BITS - 1);
@@ -16,8 +17,17 @@ function cubic(x) {
   return 0;
 }
 
+/** RGBA bytes (height, width, 4) to RGB bytes (toHeight, toWidth, 3). */
+export function resize(rgba, width, height, toWidth, toHeight) {
+  const across = weights(width, toWidth);
+  const down = weights(height, toHeight);
+  if (height > toHeight && height - toHeight > 2 * (width - toWidth))
+    return rows(columns(rgba, 4, width, down), 3, width, toHeight, across);
+  return columns(rows(rgba, 4, width, height, across), 3, toWidth, down);
+}
+
 /** For each of `to` outputs: its first input, and its weights, `size` places apart. */
-export function weights(from, to) {
+function weights(from, to) {
   const scale = from / to;
   const wide = Math.max(scale, 1);
   const support = 2 * wide;
@@ -39,7 +49,7 @@ export function weights(from, to) {
   return table;
 }
 
-/** One line: `length` outputs of 3 channels, `step` apart in `from` and `stride` apart in `to`. */
+/** One line of pixels: `step` bytes apart in `from` from `start` on, `stride` apart in `to` from `at` on. */
 function line(from, start, step, to, at, stride, table) {
   const { size, first, count, taps } = table;
   for (let x = 0; x < table.to; x++, at += stride) {
@@ -58,16 +68,16 @@ function line(from, start, step, to, at, stride, table) {
   }
 }
 
-/** RGBA rows of `width` pixels to RGB rows of `table.to` pixels. */
-export function rows(rgba, width, count, table) {
-  const out = new Uint8ClampedArray(count * table.to * 3);
-  for (let y = 0; y < count; y++) line(rgba, y * width * 4, 4, out, y * table.to * 3, 3, table);
-  return out;
+/** Each of `height` rows, of `width` pixels of `step` bytes, to `table.to` RGB pixels. */
+function rows(from, step, width, height, table) {
+  const to = new Uint8ClampedArray(height * table.to * 3);
+  for (let y = 0; y < height; y++) line(from, y * width * step, step, to, y * table.to * 3, 3, table);
+  return to;
 }
 
-/** RGB columns of any height to columns of `table.to` pixels. */
-export function columns(rgb, width, table) {
-  const out = new Uint8ClampedArray(table.to * width * 3);
-  for (let x = 0; x < width; x++) line(rgb, x * 3, width * 3, out, x * 3, width * 3, table);
-  return out;
+/** Each of `width` columns, of pixels of `step` bytes, to `table.to` RGB pixels. */
+function columns(from, step, width, table) {
+  const to = new Uint8ClampedArray(table.to * width * 3);
+  for (let x = 0; x < width; x++) line(from, x * step, width * step, to, x * 3, width * 3, table);
+  return to;
 }
