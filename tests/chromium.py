@@ -101,6 +101,7 @@ class Chromium:
         self.call("Emulation.setDeviceMetricsOverride", **size)
         self.errors.clear()
         self.call("Page.navigate", url=url)
+        self.wait("document.readyState === 'complete'")
 
     def run(self, expression: str) -> Any:
         """The value of a JavaScript expression in the page, awaited."""

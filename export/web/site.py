@@ -22,10 +22,10 @@ import onnxruntime
 from safetensors.numpy import load_file, save_file
 
 from capavision.files import new_folder, refuse_existing
+from export import images
 from export.runtime import Classifier, random_pixels, relative_error, sha256
 from export.web import npm
 
-MAX_PIXELS = 2**26  # as export.images
 MAX_BYTES = 2**31 - 1  # of the graph: what a browser's 4 GB of wasm memory hold twice, and protobuf once
 
 
@@ -110,7 +110,7 @@ def _describe(classifier: Classifier, work: Path, slots: list[str | None]) -> di
         "width": preprocessor["size"]["width"],
         "mean": preprocessor["image_mean"],
         "std": preprocessor["image_std"],
-        "max_pixels": MAX_PIXELS,
+        "max_pixels": images.LIMIT,
         "model": {
             "name": architecture or "a model of its own",
             "variant": classifier.variant,

@@ -32,12 +32,12 @@ function describe() {
   const { model, runtime, tasks } = site;
   document.title = $("title").textContent = site.title;
   $("about").textContent = `${model.name}, ${megabytes(model.file.bytes)}, ${model.variant}`;
-  $("runtime").textContent = `Made by capavision. ONNX Runtime Web ${runtime.version}, © Microsoft, MIT license.`;
+  $("runtime").textContent = `ONNX Runtime Web ${runtime.version}, © Microsoft, MIT license.`;
   if (!window.isSecureContext)
     $("runtime").textContent += " Checksums were not compared: the browser does so on https and on localhost only.";
   $("task").replaceChildren(...tasks.map((task, i) => new Option(task.name, i)));
   $("chooser").hidden = tasks.length < 2;
-  show([]);
+  clear();
 }
 
 function listen() {
@@ -45,7 +45,7 @@ function listen() {
     take($("file").files);
     $("file").value = ""; // so that the same file can be chosen again
   });
-  $("task").addEventListener("change", () => shown && ask());
+  $("task").addEventListener("change", () => (shown ? ask() : show([])));
   document.addEventListener("paste", (event) => event.clipboardData.files.length && take(event.clipboardData.files));
   for (const kind of ["dragover", "dragleave", "drop"])
     document.addEventListener(kind, (event) => {
@@ -60,36 +60,36 @@ function take(files) {
   tell(new Error(files.length ? `${files.length} files at once: one image, please.` : "What was dropped is no file."));
 }
 
-/** Look at the image's size before anything decodes it; then show it and ask. */
 async function choose(file) {
   clear();
   const id = ++asked;
-  const { name } = file;
   const url = URL.createObjectURL(file);
-  const probe = new Image();
-  const known = await new Promise((done) => {
-    probe.onload = () => done(true);
-    probe.onerror = () => done(false);
-    probe.src = url;
-  });
-  if (id !== asked) return URL.revokeObjectURL(url); // another one was chosen meanwhile
-  const { naturalWidth: width, naturalHeight: height } = probe;
-  const wrong = !known
-    ? `${name} is not an image that this browser reads.`
-    : !(width * height)
-      ? `${name} has no pixels.`
-      : width * height > site.max_pixels
-        ? `${name} is too large: ${width} × ${height}, and ${site.max_pixels.toLocaleString("en")} pixels are the limit.`
-        : null;
-  if (wrong) {
-    URL.revokeObjectURL(url);
-    throw new Error(wrong);
-  }
+  const wrong = complaint(file.name, await opened(url));
+  if (wrong || id !== asked) URL.revokeObjectURL(url);
+  if (id !== asked) return; // another one was chosen meanwhile
+  if (wrong) throw new Error(wrong);
   shown = url;
-  $("preview").src = url;
-  $("preview").alt = name;
-  $("preview").hidden = false;
+  Object.assign($("preview"), { src: url, alt: file.name, hidden: false });
   ask(file);
+}
+
+/** An image whose size is known and whose pixels nobody has decoded yet; null for what is no image. */
+function opened(url) {
+  const image = new Image();
+  return new Promise((done) => {
+    image.onload = () => done(image);
+    image.onerror = () => done(null);
+    image.src = url;
+  });
+}
+
+function complaint(name, image) {
+  if (!image) return `${name} is not an image that this browser reads.`;
+  const { naturalWidth: width, naturalHeight: height } = image;
+  const limit = site.max_pixels;
+  if (!(width * height)) return `${name} has no pixels.`;
+  if (width * height <= limit) return null;
+  return `${name} is too large: ${width} × ${height}, and ${limit.toLocaleString("en")} pixels are the limit.`;
 }
 
 function ask(file) {
@@ -104,7 +104,7 @@ function clear() {
   shown = null;
   $("preview").hidden = true;
   $("preview").removeAttribute("src");
-  $("status").textContent = "";
+  $("status").textContent = "No image yet.";
   show([]);
 }
 
@@ -129,7 +129,6 @@ function row({ label, probability }) {
 
 function tell(error) {
   $("error").textContent = error ? error.message : "";
-  if (error) $("status").textContent = "";
 }
 
 /** ?image=photo.jpg: a file of this site; the page may load no others. */
@@ -142,8 +141,8 @@ async function fetched(path) {
 function hear(message) {
   if (message.loaded) advance(message.loaded);
   else if (message.ready) $("loading").hidden = true;
-  else if (message.id === undefined) fail(message.error); // the model did not load
-  else if (message.id === asked) message.error ? fail(message.error) : answer(message);
+  else if (message.id === undefined) fail(message); // the model did not load
+  else if (message.id === asked) (message.error ? fail : answer)(message);
 }
 
 function advance(bytes) {
@@ -156,12 +155,14 @@ function advance(bytes) {
 
 function answer({ top, preparing, running }) {
   show(top);
-  const best = `${top[0].label}, ${percent.format(top[0].probability)}.`;
-  $("status").textContent = `${best} Prepared in ${Math.round(preparing)} ms, classified in ${Math.round(running)} ms.`;
+  const best = document.createElement("span"); // the list says it to those who see it
+  best.className = "unseen";
+  best.textContent = `${top[0].label}, ${percent.format(top[0].probability)}. `;
+  $("status").replaceChildren(best, `Prepared in ${Math.round(preparing)} ms, classified in ${Math.round(running)} ms.`);
 }
 
-function fail(sentence) {
+function fail({ error }) {
   $("loading").hidden = true;
   clear();
-  tell(new Error(sentence));
+  tell(new Error(error));
 }
