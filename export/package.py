@@ -22,6 +22,7 @@ from torch import nn
 
 import capavision as cv
 from capavision.files import new_folder, refuse_existing
+from capavision.inject import injections
 from capavision.targets import near
 from export.graph import folded, to_onnx
 from export.runtime import SCHEMA, TOLERANCE, Classifier, random_pixels, relative_error, sha256
@@ -231,7 +232,7 @@ def parity(
 
 def _distance(model: nn.Module, runtime: Classifier, error: float) -> float | None:
     """How far the deltas move the logits: parity would prove nothing of deltas that do not."""
-    if not any(isinstance(module, cv.Delta) for module in model.modules()):
+    if not any(plan.hosts or plan.trained for plan in injections(model)):
         return None
     pixels = random_pixels(BATCHES[-1], BATCHES[-1], runtime.preprocessor["size"]["height"])
     base = cv.remove(copy.deepcopy(model))
