@@ -14,33 +14,56 @@ import threading
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 from PIL import Image
+from safetensors.numpy import load_file, save_file
 
 import capavision as cv
+from export import split
 from export.images import decode
 from export.package import Source, build
 from export.runtime import Classifier, sha256
 from export.web import __main__ as web
 from export.web import npm
+from export.web import site as site_module
 from tests import chromium
-from tests.test_export import INFO, METHODS, awaken, refused
+from tests.test_export import INFO, awaken, refused
 
 PAGE = Path(web.__file__).parent / "page"
-LABELS = ["<img src=x onerror=alert(1)>", "a bee & its hive", "cow"]
+LABELS = ["<img src=x onerror=alert(1)>", "a bee & its hive", "wasp"]
+TASKS = {
+    "insects": (LABELS, cv.LoRA(rank=4, branches=2)),
+    "birds": (["owl", "robin", "crow"], cv.Adapter(rank=4, branches=2)),
+}
 TOLERANCE = 1e-3
 
 
 @pytest.fixture(scope="module")
-def package(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("web")
+def runs(tmp_path_factory):
+    """Two tasks on one base, {name: adapter file}."""
+    folder = tmp_path_factory.mktemp("runs")
     base = cv.Base("test_vit", "random", 32)
-    model = base.build(3)
-    cv.inject(model, METHODS["lora"])
-    awaken(model)
-    cv.save(model, folder / "a.safetensors", base=base, classes=LABELS, info=INFO)
-    build(Source.open(folder / "a.safetensors"), folder / "package")
-    return folder / "package"
+    for seed, (name, (labels, method)) in enumerate(TASKS.items()):
+        model = base.build(3)
+        cv.inject(model, method)
+        awaken(model, seed)
+        cv.save(model, folder / name, base=base, classes=labels, info={**INFO, "task": name})
+    return {name: folder / name for name in TASKS}
+
+
+@pytest.fixture(scope="module")
+def package(runs, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("merged") / "package"
+    build(Source.open(runs["insects"]), folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def split_package(runs, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("split") / "package"
+    split.build({name: Source.open(path) for name, path in runs.items()}, folder)
+    return folder
 
 
 def photo(seed=0, size=(90, 70)):
@@ -160,6 +183,27 @@ def test_mistakes_are_one_line(package, tarball, tmp_path, capsys):
     assert not (tmp_path / "site").exists()
 
 
+def test_a_split_package_becomes_a_graph_with_inputs_and_a_file_for_each_task(split_package, tarball, tmp_path):
+    site = web.main([str(split_package), "--out", str(tmp_path / "site"), "--runtime", str(tarball)])
+    graph = onnx.load(tmp_path / "site" / "model.onnx").graph
+    inputs = {i.name for i in graph.input}
+    assert not inputs & {i.name for i in graph.initializer}
+    assert [task["name"] for task in site["tasks"]] == list(TASKS)
+    for task in site["tasks"]:
+        assert load_file(tmp_path / "site" / task["slots"]["path"]).keys() == inputs - {"pixel_values"}
+        assert task["slots"]["sha256"] == sha256(tmp_path / "site" / task["slots"]["path"])
+
+
+def test_a_task_file_that_computes_something_else_is_not_written(split_package, tarball, tmp_path, monkeypatch, capsys):
+    def doubled(tensors, path):
+        save_file({name: 2 * tensor for name, tensor in tensors.items()}, path)
+
+    monkeypatch.setattr(site_module, "save_file", doubled)
+    said = refused(capsys, web.main, split_package, "--out", tmp_path / "site", "--runtime", tarball)
+    assert "the page's graph differs by" in said
+    assert not (tmp_path / "site").exists()
+
+
 # Resizing: node beside Pillow -----------------------------------------------------------------------------------------
 
 RESIZE = """
@@ -226,9 +270,9 @@ def runtime(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def site(package, runtime, tmp_path_factory):
+def site(split_package, runtime, tmp_path_factory):
     out = tmp_path_factory.mktemp("site") / "site"
-    web.main([str(package), "--out", str(out), "--runtime", str(runtime)])
+    web.main([str(split_package), "--out", str(out), "--runtime", str(runtime)])
     photo().save(out / "beside.png")
     return out
 
@@ -334,16 +378,40 @@ IMAGES = {
 
 
 @pytest.mark.parametrize("name", IMAGES)
-def test_the_page_classifies_as_predict_does(name, page, package, tmp_path):
+def test_the_page_classifies_as_predict_does(name, page, split_package, tmp_path):
     IMAGES[name](tmp_path / name)
-    assert_as_predicted(ask(page, tmp_path / name), package, tmp_path / name)
+    assert_as_predicted(ask(page, tmp_path / name), split_package, tmp_path / name)
     assert page.run("document.querySelector('#preview').alt") == name
 
 
-def test_an_image_beside_the_page_is_taken_from_the_address(page, address, site, package):
+def test_switching_the_task_changes_the_answer_and_back(page, split_package, site):
+    first = ask(page, site / "beside.png")
+    for task in ("birds", "insects"):
+        page.run("document.querySelector('#status').textContent = ''")
+        page.run("document.querySelector('#task').focus()")
+        page.press(*{"birds": ("ArrowDown", 40), "insects": ("ArrowUp", 38)}[task])
+        page.wait(ANSWER)
+        found = shown(page)
+        assert_as_predicted(found, split_package, site / "beside.png", task)
+        assert page.run("document.querySelector('#heading').textContent") == f"Most probable: {task}"
+        assert {label for label, _ in found} == set(TASKS[task][0])
+    assert found == first
+
+
+def test_a_merged_package_has_no_tasks_to_choose(browser, serve, package, runtime, site, tmp_path):
+    web.main([str(package), "--out", str(tmp_path / "site"), "--runtime", str(runtime)])
+    browser.open(serve(tmp_path / "site"))
+    browser.wait(READY)
+    assert_as_predicted(ask(browser, site / "beside.png"), package, site / "beside.png")
+    assert browser.run("document.querySelector('#chooser').hidden")
+    assert browser.run("document.title") == "insects"
+    assert browser.errors == []
+
+
+def test_an_image_beside_the_page_is_taken_from_the_address(page, address, site, split_package):
     page.open(address + "?image=beside.png")
     page.wait(ANSWER)
-    assert_as_predicted(shown(page), package, site / "beside.png")
+    assert_as_predicted(shown(page), split_package, site / "beside.png")
     page.open(address + "?image=absent.png")
     page.wait(SAID)
     assert "absent.png could not be loaded" in page.run(SAID)
@@ -351,7 +419,7 @@ def test_an_image_beside_the_page_is_taken_from_the_address(page, address, site,
 
 
 @pytest.mark.parametrize("way", ["paste", "drop"])
-def test_an_image_can_be_pasted_and_dropped(way, page, package, site):
+def test_an_image_can_be_pasted_and_dropped(way, page, split_package, site):
     event = {
         "paste": "new ClipboardEvent('paste', {clipboardData: t})",
         "drop": "new DragEvent('drop', {dataTransfer: t})",
@@ -364,7 +432,7 @@ def test_an_image_can_be_pasted_and_dropped(way, page, package, site):
         document.dispatchEvent({event[way]});
     }})()""")
     page.wait(ANSWER)
-    assert_as_predicted(shown(page), package, site / "beside.png")
+    assert_as_predicted(shown(page), split_package, site / "beside.png")
 
 
 def test_a_label_is_text_never_html(page, site):
@@ -394,7 +462,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_what_is_no_image_is_told_in_a_sentence_and_the_next_one_works(name, page, package, site, tmp_path):
+def test_what_is_no_image_is_told_in_a_sentence_and_the_next_one_works(name, page, split_package, site, tmp_path):
     make, says = WRONG[name]
     make(tmp_path / name)
     ask(page, site / "beside.png")
@@ -404,7 +472,7 @@ def test_what_is_no_image_is_told_in_a_sentence_and_the_next_one_works(name, pag
     assert shown(page) == []
     ask(page, site / "beside.png")
     assert page.run(SAID) == ""
-    assert_as_predicted(shown(page), package, site / "beside.png")
+    assert_as_predicted(shown(page), split_package, site / "beside.png")
 
 
 @pytest.mark.parametrize("spoilt", ["flipped", "cut", "longer", "absent"])
@@ -486,9 +554,10 @@ def test_the_keyboard_reaches_what_the_mouse_does_and_everything_has_a_name(page
     nodes = page.call("Accessibility.getFullAXTree")["nodes"]
     named = {(n["role"]["value"], n.get("name", {}).get("value", "")) for n in nodes if not n.get("ignored")}
     assert ("button", "Choose an image") in named
-    assert ("list", "Most probable") in named
+    assert ("list", "Most probable: insects") in named
+    assert ("combobox", "Task") in named
     assert ("image", "beside.png") in named
-    assert ("heading", "toy") in named
+    assert ("heading", "insects, birds") in named
     live = page.run("[...document.querySelectorAll('[role=status], [role=alert]')].map(e => e.id)")
     assert live == ["error", "status"]
     best = shown(page)[0][0]
