@@ -17,7 +17,7 @@ import numpy as np
 import onnx
 import pytest
 from PIL import Image
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file, save
 
 import capavision as cv
 from export import split
@@ -192,13 +192,15 @@ def test_a_split_package_becomes_a_graph_with_inputs_and_a_file_for_each_task(sp
     for task in site["tasks"]:
         assert load_file(tmp_path / "site" / task["slots"]["path"]).keys() == inputs - {"pixel_values"}
         assert task["slots"]["sha256"] == sha256(tmp_path / "site" / task["slots"]["path"])
+    modes = {p.stat().st_mode & 0o777 for p in (tmp_path / "site").rglob("*") if p.is_file()}
+    assert modes == {(tmp_path / "site" / "index.html").stat().st_mode & 0o777}, "a web server could not read it all"
 
 
 def test_a_task_file_that_computes_something_else_is_not_written(split_package, tarball, tmp_path, monkeypatch, capsys):
-    def doubled(tensors, path):
-        save_file({name: 2 * tensor for name, tensor in tensors.items()}, path)
+    def doubled(tensors):
+        return save({name: 2 * tensor for name, tensor in tensors.items()})
 
-    monkeypatch.setattr(site_module, "save_file", doubled)
+    monkeypatch.setattr(site_module, "save", doubled)
     said = refused(capsys, web.main, split_package, "--out", tmp_path / "site", "--runtime", tarball)
     assert "the page's graph differs by" in said
     assert not (tmp_path / "site").exists()
