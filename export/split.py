@@ -27,6 +27,7 @@ from capavision.files import new_folder, refuse_existing
 from capavision.inject import base_tensors, injections
 from capavision.state import trained
 from export.graph import folded, to_onnx
+from export.names import nodes
 from export.package import (
     Source,
     entry,
@@ -221,9 +222,10 @@ def _replaced(sources: dict[str, Source], base: nn.Module) -> list[str]:
     names = [name for name in own if name.startswith(head)]
     names += [name for name in own if name in others and name not in names]
     names = [name for name in names if own[name].is_floating_point()]
-    share = sum(own[name].numel() for name in names if not name.startswith(head))
-    if share > 0.5 * sum(t.numel() for t in own.values()):
-        raise ValueError(f"most of the base was trained, {names[-1]} for one, so there is nothing to share; {MERGED}")
+    for task, source in sources.items():
+        share = sum(own[name].numel() for name in trained(source.model) if name in own and not name.startswith(head))
+        if share > 0.5 * sum(t.numel() for t in own.values()):
+            raise ValueError(f"{task} trained most of the base, so there is nothing to share; {MERGED}")
     return names
 
 
@@ -259,7 +261,7 @@ def _graph(
         for name, opening in openings.items()
     }
     wrapped = Opened(model.eval(), list(openings)).eval()
-    proto = to_onnx(wrapped, first.preprocessing["size"], first.labels, opset, inputs)
+    proto = to_onnx(wrapped, first.preprocessing["size"], first.labels, opset, exporter="dynamo", inputs=inputs)
     _rename(proto.graph)
     base_sha256 = _checksum(proto.graph)
     proto.metadata_props.add(key="base_sha256", value=base_sha256)
@@ -271,10 +273,14 @@ def _graph(
 
 def _rename(graph: onnx.GraphProto) -> None:
     """Parameters by the names that they have without `Opened` around the model."""
-    new = {i.name: i.name.removeprefix(_INNER) for i in graph.initializer}
+    new, taken = {}, {value.name for value in graph.input}
     for initializer in graph.initializer:
-        initializer.name = new[initializer.name]
-    for node in graph.node:
+        name = initializer.name.removeprefix(_INNER)
+        while name in taken:  # two of one value, and the other one is a slot
+            name += "_2"
+        taken.add(name)
+        new[initializer.name] = initializer.name = name
+    for node in nodes(graph):
         node.input[:] = [new.get(name, name) for name in node.input]
 
 
