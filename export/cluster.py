@@ -2,6 +2,7 @@
 
 import os
 import re
+import secrets
 import socket
 from typing import Any
 
@@ -22,6 +23,9 @@ def connect(address: str, flag: str, extra: str) -> Any:
     if address == "local" or (known and known[1] in ("localhost", "127.0.0.1", "::1")):
         # Without this Ray takes the machine's outer address wherever 127.0.0.1 is meant.
         os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+    if address == "local" and "RAY_AUTH_MODE" not in os.environ:
+        # Some of Ray's ports are open to the network all the same: what starts here obeys only what starts here.
+        os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
     try:
         import ray
     except ImportError:

@@ -16,6 +16,7 @@ RUNNING = {
     "export/cli.py",
     "export/cluster.py",
     "export/images.py",
+    "export/desk.py",
     "export/serve.py",
     "export/__init__.py",
 }
@@ -94,6 +95,8 @@ def test_no_pickle_is_ever_loaded():
         "export.predict",
         "export.verify",
         "export.bench",
+        "export.serve",
+        "export.triton",
     ],
 )
 def test_every_command_has_a_help(module):
