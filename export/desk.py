@@ -91,7 +91,7 @@ class Desk:
             RefusedError: an unknown task (404); no image, or a `top` that is no number (400).
         """
         task, top = self._task(query.get("task")), query.get("top", "5")
-        if not (top.isascii() and top.isdecimal() and 0 < int(top[:20])):
+        if not (top.isascii() and top.isdecimal() and int(top[:20]) > 0):
             raise RefusedError(400, f"top={top[:20]!r} must be a whole number from 1")
         decoding = asyncio.get_running_loop().run_in_executor(self.decoders, self.models[task].preprocess, body)
         try:

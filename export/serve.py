@@ -33,7 +33,7 @@ NAME = "capavision"
 
 
 class Doorman:
-    """ASGI middleware of Ray's proxy: a request queues once its body is here, so that no slow client fills the queue."""
+    """ASGI middleware of Ray's proxy: a request queues once its body is here, so slow clients cannot fill the queue."""
 
     def __init__(self, app: Any) -> None:
         self.app = app
