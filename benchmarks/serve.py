@@ -1,7 +1,7 @@
 """A package's server under load and under garbage: python -m benchmarks.serve DIR
 
-The server is started on 127.0.0.1, with the flags after --, and stopped at the end. First many clients ask at once, each
-again as soon as it is answered; then come random bytes, bodies that are too large or only say so, and clients that
+The server is started on 127.0.0.1, with the flags after --, and stopped at the end. First many clients ask at once,
+each again as soon as it is answered; then come random bytes, bodies that are too large or only say so, and clients that
 send a byte at a time, all while an honest client goes on asking.
 """
 
@@ -20,6 +20,7 @@ import numpy as np
 from PIL import Image
 
 from export import cli
+from export.runtime import Classifier
 
 START = 180  # seconds that a server may take to start
 LIMIT = 90.0  # seconds that one request may take
@@ -118,6 +119,18 @@ async def abuse(port: int, request: bytes, image: bytes, clients: int, seconds: 
     return {**honest, "garbage": dict(sorted(bad.items()))}
 
 
+def direct(package: Path, image: bytes, seconds: float) -> dict[str, Any]:
+    """The same images through the package in this process, 16 at a time: what a server can reach at most."""
+    classifier, times = Classifier(package), []
+    start = time.perf_counter()
+    while time.perf_counter() - start < seconds or not times:
+        began = time.perf_counter()
+        classifier.predict([image] * 16)
+        times.append(time.perf_counter() - began)
+    p50, p99 = np.percentile(times, [50, 99])
+    return {"requests": 16 * len(times), "rate": 16 * len(times) / sum(times), "p50": p50, "p99": p99, "errors": 0}
+
+
 def started(package: Path, port: int, flags: list[str]) -> subprocess.Popen[bytes]:
     """The server, once it answers.
 
@@ -151,6 +164,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     buffer = io.BytesIO()
     Image.fromarray(pixels).resize((500, 375), Image.Resampling.BICUBIC).save(buffer, "JPEG", quality=90)
     image = buffer.getvalue()
+    bare = direct(args.package, image, 5)
     server = started(args.package, args.port, argv[cut + 1 :])
     try:
         asyncio.run(load(args.port, post(image), 8, 64, args.seconds))  # warm
@@ -160,15 +174,22 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     finally:
         server.send_signal(signal.SIGTERM)
         status = server.wait(60)
-    for name, row in (("load", loaded), ("under garbage", abused), ("afterwards", after)):
+    for name, row in (("no server", bare), ("load", loaded), ("under garbage", abused), ("afterwards", after)):
         print(
             f"{name:<14} {row['requests']} requests, {row['rate']:.1f}/s, p50 {1000 * row['p50']:.0f} ms, "
-            f"p99 {1000 * row['p99']:.0f} ms, errors {row['errors']} {row['statuses']}"
+            f"p99 {1000 * row['p99']:.0f} ms, errors {row['errors']} {row.get('statuses', '')}"
         )
     print(
         f"garbage was answered with {abused['garbage']} (0: closed without an answer); the server ended with {status}"
     )
-    return {"load": loaded, "abuse": abused, "after": after, "status": status, "image_bytes": len(image)}
+    return {
+        "direct": bare,
+        "load": loaded,
+        "abuse": abused,
+        "after": after,
+        "status": status,
+        "image_bytes": len(image),
+    }
 
 
 if __name__ == "__main__":
