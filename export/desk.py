@@ -12,6 +12,7 @@ import numpy as np
 from export.runtime import Classifier, check_files, read_manifest
 
 LARGEST = 2**24  # bytes of a request's body
+HEARD = 4  # times that: a body up to there is heard out and dropped, since clients read no answer while they send
 PATIENCE = 10.0  # seconds in which a body must arrive
 DECODERS = 4  # images decoded at a time, of up to 0.5 GB each
 
@@ -51,17 +52,21 @@ async def read_body(headers: Mapping[str, str], chunks: AsyncIterator[bytes]) ->
         RefusedError: it is, or says it is, larger than `LARGEST` (413), or takes longer than `PATIENCE` (408).
     """
     too_large = RefusedError(413, f"the body is larger than {LARGEST:,} bytes; send a smaller image")
-    declared, body = headers.get("content-length", "0"), bytearray()
-    if not declared.isdecimal() or int(declared[:20]) > LARGEST:
+    declared, body, size = headers.get("content-length", "0"), bytearray(), 0
+    if not declared.isdecimal() or int(declared[:20]) > HEARD * LARGEST:
         raise too_large
     try:
         async with asyncio.timeout(PATIENCE):
             async for chunk in chunks:
-                body += chunk
-                if len(body) > LARGEST:
+                size += len(chunk)
+                if size > HEARD * LARGEST:
                     raise too_large
+                if size <= LARGEST:
+                    body += chunk
     except TimeoutError:
         raise RefusedError(408, f"the body did not arrive in {PATIENCE:g} seconds") from None
+    if size > LARGEST:
+        raise too_large
     return bytes(body)
 
 

@@ -2,7 +2,7 @@
 
 REPO/<task>/config.pbtxt      inputs, outputs, dynamic batching (model_config.proto of triton-inference-server/common)
 REPO/<task>/labels.txt        a label a line, for Triton's classification extension
-REPO/<task>/1/model.onnx      for the onnxruntime backend
+REPO/<task>/1/model.onnx      for the onnxruntime backend; model.onnx.data beside it, where it is large
 
 Triton has no adapters, so each task of a split package becomes a model of its own, whose slots hold the task's values:
 N tasks take N times the base's memory there. Normalisation stays with the client; config.pbtxt carries mean and std.
@@ -18,11 +18,9 @@ import numpy as np
 import onnx
 import onnxruntime
 
-from capavision.files import new_folder
-from export import cli
+from export import cli, store
 from export.runtime import Classifier, random_pixels, relative_error
 
-EXTERNAL = 1_500_000_000  # bytes of weights above which they lie beside the graph; protobuf ends at 2 GB
 TOLERANCE = 1e-5
 
 
@@ -40,7 +38,7 @@ def main(argv: list[str] | None = None) -> list[str]:
         if getattr(args, flag) < least:
             raise ValueError(f"--{flag} {getattr(args, flag)} must be at least {least}")
     limits = {"batch": args.batch, "delay": args.delay, "queue": args.queue}
-    with new_folder(args.out) as work:
+    with store.whole_folder(args.out) as work:
         for package in args.packages:
             classifier = Classifier(package, variant=args.variant)
             for task in classifier.tasks:
@@ -67,8 +65,7 @@ def _add(repository: Path, classifier: Classifier, task: str, limits: Mapping[st
         fill(proto, {name: value.numpy() for name, value in adapter.get_parameters().items()}, len(about["labels"]))
     version = repository / task / "1"
     version.mkdir(parents=True)
-    large = proto.ByteSize() > EXTERNAL
-    onnx.save(proto, version / "model.onnx", save_as_external_data=large, location="model.onnx.data")
+    store.save(proto, version / "model.onnx")
     _compare(version / "model.onnx", classifier, task)
     (repository / task / "labels.txt").write_text("".join(f"{' '.join(label.split())}\n" for label in about["labels"]))
     (repository / task / "config.pbtxt").write_text(config(task, classifier, limits))

@@ -1,16 +1,35 @@
 """Images as people send them; the server, its logic without Ray and itself with; the Triton repository."""
 
+import asyncio
 import io
+import json
+import os
+import select
+import socket
 import struct
 import subprocess
 import sys
+import time
+import urllib.error
+import urllib.request
 import zlib
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
+import onnxruntime
 import pytest
+from google.protobuf import descriptor_pb2, descriptor_pool, message_factory, text_format
 from PIL import Image, ImageOps
 
+import capavision as cv
+from export import __main__ as export_command
+from export import desk, serve, triton
 from export.images import decode
+from export.runtime import Classifier, random_pixels, relative_error
+from tests.conftest import awaken_deltas
+
+ROOT = Path(__file__).resolve().parent.parent
 
 RNG = np.random.default_rng(0)
 PHOTO = Image.fromarray(RNG.integers(0, 256, (6, 8, 3), np.uint8))
@@ -266,3 +285,355 @@ def test_the_bombs_are_ones(kind):
     """Else the test above would prove nothing."""
     with pytest.raises(ValueError, match="is too large: 12,000×12,000"):
         decode(bomb(kind))
+
+
+# Packages
+
+
+def run_file(path, classes, seed):
+    base = cv.Base("test_vit", "random", 32)
+    model = base.build(len(classes))
+    cv.inject(model, cv.LoRA(rank=2, branches=2))
+    awaken_deltas(model, seed)
+    preprocessing = {"size": 32, "mean": [0.5, 0.4, 0.3], "std": [0.2, 0.3, 0.4]}
+    cv.save(model, path, base=base, classes=classes, info={"task": path.stem, "preprocessing": preprocessing})
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def packages(tmp_path_factory):
+    """One merged package of the task "toy", one split package of "pets" and "petals"."""
+    folder = tmp_path_factory.mktemp("packages")
+    toy = run_file(folder / "toy.safetensors", ["ant", "bee", "cow"], 0)
+    pets = run_file(folder / "pets.safetensors", ["cat", "dog"], 1)
+    petals = run_file(folder / "petals.safetensors", ["rose", 'a "lily"\nof the valley'], 2)
+    export_command.main([toy, "--out", str(folder / "merged")])
+    export_command.main(["--split", pets, petals, "--out", str(folder / "split")])
+    return folder / "merged", folder / "split"
+
+
+# The desk: requests without a server
+
+
+def answer(counter, query, body):
+    async def batched(item):
+        return counter.rows([item])[0]
+
+    return asyncio.run(counter.predict(query, body, batched))
+
+
+@pytest.fixture(scope="module")
+def counter(packages):
+    return desk.Desk(packages, threads=1)
+
+
+def test_a_prediction_is_what_the_classifier_says(counter, packages):
+    assert counter.tasks().keys() == {"toy", "pets", "petals"}
+    assert counter.tasks()["toy"] == ["ant", "bee", "cow"]
+    body = content(PHOTO)
+    for task in counter.tasks():
+        said = answer(counter, {"task": task, "top": "2"}, body)
+        (expected,) = Classifier(packages[task != "toy"]).predict([body], top=2, task=task)
+        assert said["task"] == task
+        assert [(row["label"], row["probability"]) for row in said["predictions"]] == expected
+        json.dumps(said)
+
+
+def test_a_batch_of_several_tasks_keeps_its_order(counter):
+    pixels = random_pixels(3, 6, 32)
+    items = [(task, each, top) for task, each, top in zip(["pets", "toy", "petals"] * 2, pixels, [2, 3, 1] * 2)]  # noqa: B905
+    together = counter.rows(items)
+    assert [len(row) for row in together] == [2, 3, 1, 2, 3, 1]
+    for item, row in zip(items, together, strict=True):
+        (alone,) = counter.rows([item])
+        assert [label for label, _ in row] == [label for label, _ in alone]
+        assert [p for _, p in row] == pytest.approx([p for _, p in alone], abs=1e-6)
+
+
+REFUSED = {
+    "no task": ({}, None, 400, "name a task, as in /predict?task=toy; GET /tasks lists them"),
+    "near task": ({"task": "pet"}, None, 404, "there is no task 'pet'; did you mean 'pets'"),
+    "far task": ({"task": "x" * 500}, None, 404, "did you mean 'toy' or 'pets' or 'petals'?"),
+    "top 0": ({"task": "toy", "top": "0"}, None, 400, "top='0' must be a whole number from 1"),
+    "top text": ({"task": "toy", "top": "½"}, None, 400, "must be a whole number"),
+    "top other digits": ({"task": "toy", "top": "٣"}, None, 400, "must be a whole number"),
+    "noise": ({"task": "toy"}, RNG.bytes(500), 400, "the image of 500 bytes does not decode"),
+    "no body": ({"task": "toy"}, b"", 400, "the body must be an image file"),
+    "bomb": ({"task": "toy"}, png_header(20_000, 20_000), 400, "exceeds limit"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_bad_request_has_its_status_and_a_sentence(counter, case):
+    query, body, status, message = REFUSED[case]
+    with pytest.raises(desk.RefusedError, match=message.replace("?", r"\?")) as refused:
+        answer(counter, query, content(PHOTO) if body is None else body)
+    assert refused.value.status == status
+    assert len(str(refused.value)) < 300
+
+
+def test_more_labels_than_there_are_is_all_of_them(counter):
+    said = answer(counter, {"task": "toy", "top": "9" * 40}, content(PHOTO))
+    assert sum(row["probability"] for row in said["predictions"]) == pytest.approx(1)
+
+
+async def trickle(count, size, pause=0.0):
+    for _ in range(count):
+        await asyncio.sleep(pause)
+        yield bytes(size)
+
+
+def test_a_body_is_read_whole_in_bounds_and_in_time(monkeypatch):
+    assert asyncio.run(desk.read_body({"content-length": "6"}, trickle(3, 2))) == bytes(6)
+    monkeypatch.setattr(desk, "LARGEST", 1000)
+    assert len(asyncio.run(desk.read_body({}, trickle(10, 100)))) == 1000
+    monkeypatch.setattr(desk, "PATIENCE", 0.2)
+    none = trickle(0, 0)
+    for headers, chunks, status in (
+        ({}, trickle(10**9, 100), 413),
+        ({"content-length": "1001"}, trickle(11, 91), 413),
+        ({"content-length": "4001"}, none, 413),
+        ({"content-length": "9" * 5000}, none, 413),
+        ({"content-length": "-1"}, none, 413),
+        ({}, trickle(100, 1, 0.05), 408),
+    ):
+        with pytest.raises(desk.RefusedError) as refused:
+            asyncio.run(desk.read_body(headers, chunks))
+        assert refused.value.status == status
+
+
+def refused_command(main, argv, match):
+    with pytest.raises(ValueError, match=match):
+        main([str(a) for a in argv])
+
+
+def test_a_mistake_on_the_command_line_is_told_before_ray_starts(packages, tmp_path, monkeypatch):
+    monkeypatch.setattr(serve, "connect", lambda *a: pytest.fail("Ray was started"))
+    merged, split = packages
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        refused_command(serve.main, [merged, "--port", port], f"--port {port} cannot be listened on")
+    port = free_port()
+    refused_command(serve.main, [tmp_path, "--port", port], "is no exported package")
+    refused_command(serve.main, [merged, split, merged, "--port", port], "both have a task 'toy'; serve them on two")
+    refused_command(serve.main, [merged, "--port", port, "--queue", 0], "--queue 0 must be at least 1")
+    refused_command(serve.main, [merged, "--port", 99999], "--port 99999 cannot be listened on")
+    refused_command(serve.main, [merged, "--host", "192.0.2.1"], "--host 192.0.2.1 --port 8000 cannot be listened on")
+
+
+def test_without_ray_the_extra_is_named(packages, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    refused_command(serve.main, [packages[0], "--port", free_port()], r"needs Ray: pip install 'capavision\[serve\]'")
+
+
+def free_port():
+    with socket.create_server(("127.0.0.1", 0)) as found:
+        return found.getsockname()[1]
+
+
+# The server itself, where Ray Serve is installed
+
+
+@pytest.fixture(scope="module")
+def server(packages, tmp_path_factory):
+    """(port, process, its output) of a server of both packages, with small bounds."""
+    pytest.importorskip("ray.serve", reason="Ray Serve is not installed: pip install 'capavision[serve]'")
+    port, output = free_port(), tmp_path_factory.mktemp("server") / "output"
+    command = [sys.executable, "-m", "export.serve", *map(str, packages), "--port", str(port), "--threads", "1"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    with output.open("wb") as file:
+        process = subprocess.Popen([*command, "--batch", "4"], stdout=file, stderr=file, env=environment)
+        try:
+            until(lambda: process.poll() is not None or (get(port, "/healthz") or [0])[0] == 200)
+            assert process.poll() is None, output.read_text()
+            yield port, process, output
+        finally:
+            process.terminate()
+            process.wait(60)
+
+
+def until(find, seconds=120):
+    deadline = time.monotonic() + seconds
+    while not (found := find()):
+        assert time.monotonic() < deadline, f"waited {seconds} s in vain"
+        time.sleep(0.2)
+    return found
+
+
+def get(port, path, body=None):
+    """(status, content); None where nothing listens."""
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", body, timeout=60) as reply:
+            return reply.status, reply.read()
+    except urllib.error.HTTPError as error:
+        return error.code, error.read()
+    except OSError:
+        return None
+
+
+def test_the_server_predicts_and_says_what_it_has(server, packages):
+    port = server[0]
+    body = content(PHOTO)
+    for task in ("toy", "pets", "petals"):
+        status, said = get(port, f"/predict?task={task}&top=2", body)
+        assert status == 200, said
+        (expected,) = Classifier(packages[task != "toy"]).predict([body], top=2, task=task)
+        found = [(row["label"], row["probability"]) for row in json.loads(said)["predictions"]]
+        assert [label for label, _ in found] == [label for label, _ in expected]
+        assert [p for _, p in found] == pytest.approx([p for _, p in expected], abs=1e-6)
+    assert json.loads(get(port, "/tasks")[1])["toy"] == ["ant", "bee", "cow"]
+    assert get(port, "/-/healthz")[0] == 200
+    assert until(lambda: b"ray_serve_deployment_request_counter" in get(port, "/metrics")[1])
+
+
+def test_the_server_refuses_with_the_right_status_and_lives(server):
+    port = server[0]
+    body = content(PHOTO)
+    for path, sent, status, says in (
+        ("/predict", body, 400, "name a task"),
+        ("/predict?task=pet", body, 404, "did you mean 'pets'"),
+        ("/predict?task=toy", RNG.bytes(3000), 400, "does not decode"),
+        ("/predict?task=toy", png_header(20_000, 20_000), 400, "exceeds limit"),
+        ("/predict?task=toy", bytes(desk.LARGEST + 1), 413, "larger than 16,777,216 bytes"),
+        ("/elsewhere", None, 404, "there are POST /predict"),
+        ("/predict", None, 404, "there are POST /predict"),
+    ):
+        found = get(port, path, sent)
+        assert found[0] == status, (path, found)
+        assert says in json.loads(found[1])["error"]
+    for raw in (RNG.bytes(4000), b"POST /predict HTTP/1.1\r\nHost: a\r\nContent-Length: 999999999999\r\n\r\n"):
+        with socket.create_connection(("127.0.0.1", port), timeout=20) as garbage:
+            garbage.sendall(raw)
+            garbage.recv(10)
+    assert get(port, "/predict?task=toy", body)[0] == 200
+
+
+def test_slow_clients_take_no_ones_place(server):
+    """With 4 images a run, 16 requests may be under way; 40 clients that never end their request leave them free."""
+    port = server[0]
+    head = b"POST /predict?task=toy HTTP/1.1\r\nHost: a\r\nContent-Length: 1000\r\n\r\nx"
+    slow = [socket.create_connection(("127.0.0.1", port)) for _ in range(40)]
+    try:
+        for each in slow:
+            each.sendall(head)
+        time.sleep(0.5)
+        began = time.monotonic()
+        assert get(port, "/predict?task=toy", content(PHOTO))[0] == 200
+        assert time.monotonic() - began < desk.PATIENCE / 2
+        slow[0].settimeout(3 * desk.PATIENCE)
+        assert b" 408 " in slow[0].recv(100)
+    finally:
+        for each in slow:
+            each.close()
+
+
+def test_two_hundred_at_once_are_all_answered(server):
+    port = server[0]
+    body = content(PHOTO)
+    with ThreadPoolExecutor(200) as crowd:
+        found = crowd.map(lambda i: get(port, f"/predict?task={['toy', 'pets'][i % 2]}", body), range(200))
+        assert {each and each[0] for each in found} == {200}
+
+
+def test_after_sigterm_what_has_begun_is_answered(server):
+    port, process, output = server
+    body = content(Image.new("RGB", (8000, 8000)))  # which takes a while to decode
+    head = f"POST /predict?task=toy HTTP/1.1\r\nHost: a\r\nContent-Length: {len(body)}\r\n\r\n"
+    begun = [socket.create_connection(("127.0.0.1", port), timeout=60) for _ in range(12)]
+    for each in begun:
+        each.sendall(head.encode() + body)
+    time.sleep(0.5)
+    assert not all(select.select([each], [], [], 0)[0] for each in begun), "all were done, so this would prove nothing"
+    process.terminate()
+    assert {each.recv(12) for each in begun} == {b"HTTP/1.1 200"}
+    assert process.wait(60) == 0
+    assert output.read_text().splitlines()[1:] == ["answering what has begun, then stopping"]
+
+
+# Triton
+
+SCHEMA = {  # the part of triton-inference-server/common's model_config.proto that is written: field -> (number, type)
+    "ModelConfig": {
+        "name": (1, "string"), "max_batch_size": (4, "int32"), "input": (5, "*ModelInput"),
+        "output": (6, "*ModelOutput"), "dynamic_batching": (11, "ModelDynamicBatching"),
+        "parameters": (14, "*Entry"), "backend": (17, "string"),
+    },
+    "ModelInput": {"name": (1, "string"), "data_type": (2, "DataType"), "dims": (4, "*int64")},
+    "ModelOutput": {
+        "name": (1, "string"), "data_type": (2, "DataType"), "dims": (3, "*int64"), "label_filename": (4, "string"),
+    },
+    "ModelDynamicBatching": {
+        "max_queue_delay_microseconds": (2, "uint64"), "default_queue_policy": (6, "ModelQueuePolicy"),
+    },
+    "ModelQueuePolicy": {"timeout_action": (1, "TimeoutAction"), "max_queue_size": (4, "uint32")},
+    "Entry": {"key": (1, "string"), "value": (2, "ModelParameter")},
+    "ModelParameter": {"string_value": (1, "string")},
+}  # fmt: skip
+ENUMS = {"DataType": {"TYPE_INVALID": 0, "TYPE_FP32": 11}, "TimeoutAction": {"REJECT": 0, "DELAY": 1}}
+
+
+def parsed(text):
+    """config.pbtxt through protobuf's own parser, by the schema above."""
+    file = descriptor_pb2.FileDescriptorProto(name="model_config.proto", package="t", syntax="proto3")
+    kinds = descriptor_pb2.FieldDescriptorProto
+    for name, values in ENUMS.items():
+        enum = file.enum_type.add(name=name)
+        for value, number in values.items():
+            enum.value.add(name=value, number=number)
+    for name, fields in SCHEMA.items():
+        message = file.message_type.add(name=name)
+        for field, (number, kind) in fields.items():
+            label = kinds.LABEL_REPEATED if kind.startswith("*") else kinds.LABEL_OPTIONAL
+            plain = kind.lstrip("*")
+            added = message.field.add(name=field, number=number, label=label)
+            if plain in SCHEMA or plain in ENUMS:
+                added.type_name = f".t.{plain}"
+                added.type = kinds.TYPE_MESSAGE if plain in SCHEMA else kinds.TYPE_ENUM
+            else:
+                added.type = getattr(kinds, f"TYPE_{plain.upper()}")
+    pool = descriptor_pool.DescriptorPool()
+    pool.Add(file)
+    made = message_factory.GetMessageClass(pool.FindMessageTypeByName("t.ModelConfig"))
+    return text_format.Parse(text, made())
+
+
+def test_triton_gets_a_model_for_each_task_that_computes_the_same(packages, tmp_path):
+    assert triton.main([*map(str, packages), "--out", str(tmp_path / "repo")]) == ["petals", "pets", "toy"]
+    pixels = random_pixels(7, 3, 32)
+    logits = {}
+    for task in ("toy", "pets", "petals"):
+        folder, package = tmp_path / "repo" / task, Classifier(packages[task != "toy"])
+        assert sorted(str(p.relative_to(folder)) for p in folder.rglob("*.*")) == [
+            "1/model.onnx", "config.pbtxt", "labels.txt",
+        ]  # fmt: skip
+        config = parsed((folder / "config.pbtxt").read_text())
+        session = onnxruntime.InferenceSession(str(folder / "1" / "model.onnx"))
+        (given,), (gives,) = session.get_inputs(), session.get_outputs()
+        assert (config.name, config.backend, config.max_batch_size) == (task, "onnxruntime", 16)
+        assert [(i.name, i.data_type, list(i.dims)) for i in config.input] == [(given.name, 11, given.shape[1:])]
+        assert [(o.name, o.data_type, list(o.dims)) for o in config.output] == [(gives.name, 11, gives.shape[1:])]
+        assert config.dynamic_batching.max_queue_delay_microseconds == 5000
+        assert config.dynamic_batching.default_queue_policy.max_queue_size == 512
+        assert {p.key: json.loads(p.value.string_value) for p in config.parameters}["image_mean"] == [0.5, 0.4, 0.3]
+        labels = (folder / config.output[0].label_filename).read_text().splitlines()
+        assert labels == [" ".join(label.split()) for label in package.manifest["tasks"][task]["labels"]]
+        (logits[task],) = session.run(None, {"pixel_values": package.normalize(pixels)})
+        assert relative_error(logits[task], package.logits(pixels, task)) < 1e-5
+    assert relative_error(logits["pets"], logits["petals"]) > 1e-2, "the tasks agree, so this test would prove nothing"
+
+
+def test_a_slot_that_is_not_filled_is_noticed_and_nothing_is_written(packages, tmp_path, monkeypatch):
+    monkeypatch.setattr(triton, "fill", lambda *a: None)
+    refused_command(triton.main, [packages[1], "--out", tmp_path / "repo"], "differ by .* of the largest logit")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_triton_cannot_take_is_refused(packages, tmp_path):
+    out = tmp_path / "repo"
+    refused_command(
+        triton.main, [packages[0], packages[0], "--out", out], "both have a task 'toy'; give each its --out"
+    )
+    refused_command(triton.main, [packages[0], "--out", out, "--variant", "int4"], "has no variant 'int4'")
+    refused_command(triton.main, [packages[0], "--out", out, "--batch", 0], "--batch 0 must be at least 1")
+    refused_command(triton.main, [packages[0], "--out", tmp_path], "exists; name another folder")
+    assert list(tmp_path.iterdir()) == []
