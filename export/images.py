@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 LIMIT = 2**26  # pixels: 8192 × 8192, 256 MB decoded
@@ -82,13 +82,19 @@ def _upright_rgb(image: Image.Image, name: str, limit: int) -> Image.Image:
     if not sixteen and image.mode not in OPAQUE + TRANSPARENT:
         raise ValueError(f"{name} has mode {image.mode}, which has no agreed way to RGB; convert it to 8-bit RGB first")
     with _pillow(name):
-        upright = ImageOps.exif_transpose(image)
+        upright = _upright(image)
         if sixteen:
             upright = Image.fromarray(((np.asarray(upright).astype(np.uint32) + 128) // 257).astype(np.uint8))
         elif image.mode in TRANSPARENT or "transparency" in image.info:
             layer = upright.convert("RGBA")
             upright = Image.alpha_composite(Image.new("RGBA", layer.size, WHITE), layer)
         return upright if upright.mode == "RGB" else upright.convert("RGB")
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    image.load()  # some formats keep EXIF behind the pixels
+    turned = image.getexif().get(ExifTags.Base.Orientation, 1) != 1
+    return ImageOps.exif_transpose(image) if turned else image  # which would copy the others too
 
 
 def _check_size(name: str, width: int, height: int, limit: int) -> None:
