@@ -16,9 +16,10 @@ from typing import Any
 
 import numpy as np
 import onnxruntime
-from PIL import Image, ImageOps
+from PIL import Image
 
 from export import session as sessions
+from export.images import Picture, decode
 
 SCHEMA = 2
 TOLERANCE = 1e-4  # largest |difference| / largest |logit|
@@ -97,7 +98,7 @@ def check_files(folder: Path, manifest: Any, but: Collection[str] = ()) -> None:
 
 
 class Classifier:
-    """A package, loaded: paths or PIL images in, labels and probabilities out. Threads may share one.
+    """A package, loaded: images of any kind in, labels and probabilities out. Threads may share one.
 
     Args:
         folder: what `python -m export` wrote.
@@ -205,21 +206,14 @@ class Classifier:
                 f"pixels must be uint8 (n, {size[0]}, {size[1]}, 3), and are {found}; Classifier.preprocess makes such"
             )
 
-    def preprocess(self, image: str | Path | Image.Image) -> np.ndarray:
+    def preprocess(self, image: Picture) -> np.ndarray:
         """One image as uint8 (size, size, 3): upright, RGB, squashed, as in training.
 
         Raises:
-            ValueError: it does not decode.
+            ValueError, TypeError: what `export.images.decode` refuses.
         """
-        size = self.preprocessor["size"]["height"], self.preprocessor["size"]["width"]
-        try:
-            opened = image if isinstance(image, Image.Image) else Image.open(image)
-            upright = ImageOps.exif_transpose(opened).convert("RGB")
-            return np.asarray(upright.resize(size[::-1], Image.Resampling.BICUBIC))
-        except FileNotFoundError:
-            raise ValueError(f"{image} is not a file") from None
-        except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-            raise ValueError(f"{image} does not decode ({error})") from error
+        size = self.preprocessor["size"]["width"], self.preprocessor["size"]["height"]
+        return np.asarray(decode(image).resize(size, Image.Resampling.BICUBIC))
 
     def logits(self, pixels: np.ndarray, task: str | None = None) -> np.ndarray:
         """Logits (n, classes) of uint8 images (n, H, W, 3), for `task` or else the current one.
@@ -236,7 +230,7 @@ class Classifier:
         return logits
 
     def predict(
-        self, images: Sequence[str | Path | Image.Image], top: int = 5, task: str | None = None
+        self, images: Sequence[Picture], top: int = 5, task: str | None = None
     ) -> list[list[tuple[str, float]]]:
         """The `top` most probable labels of each image, most probable first, for `task` or else the current one.
 

@@ -6,8 +6,6 @@ trains in a temporary folder there, its files come back when it is finished, and
 """
 
 import os
-import re
-import socket
 import tempfile
 import uuid
 from collections.abc import Sequence
@@ -17,6 +15,7 @@ from typing import Any
 
 import capavision as cv
 from capavision.files import replacing
+from export.cluster import connect
 from vtab.data import inside
 from vtab.leash import PATIENCE, Task, execute
 from vtab.ledger import Run
@@ -77,34 +76,6 @@ def unpack(files: dict[str, bytes], folder: Path) -> None:
             temporary.write_bytes(files[name])
 
 
-def connect(address: str) -> Any:
-    """Ray, initialised; nothing is told to its makers, and what starts on this machine listens on this machine only.
-
-    Raises:
-        ValueError: Ray is not installed; no cluster answers.
-    """
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    known = re.fullmatch(r"(?:ray://)?\[?(.+?)\]?:(\d+)", address)
-    if address == "local" or (known and known[1] in ("localhost", "127.0.0.1", "::1")):
-        # Without this Ray takes the machine's outer address wherever 127.0.0.1 is meant.
-        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
-    try:
-        import ray
-    except ImportError:
-        raise ValueError("--ray needs Ray: pip install 'capavision[ray]'") from None
-    small: dict[str, Any] = {"include_dashboard": False, "object_store_memory": 2**27} if address == "local" else {}
-    try:
-        if known:  # Ray itself would try for ten minutes
-            socket.create_connection((known[1], int(known[2])), timeout=5).close()
-        ray.init(address, log_to_driver=False, logging_level="ERROR", **small)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise ValueError(
-            f"no Ray cluster answers at {address!r} ({error}); ray start --head begins one, --ray local does so for "
-            "this sweep only"
-        ) from error
-    return ray
-
-
 class OnRay:
     """The cluster at `address` ("auto": the one that runs here; "local": a new one, on this machine only).
 
@@ -113,7 +84,7 @@ class OnRay:
     """
 
     def __init__(self, address: str, gpus: float | None, cpus: float, out: Path) -> None:
-        ray = connect(address)
+        ray = connect(address, "--ray", "ray")
         self.ray, self.cpus = ray, cpus
         self.gpus = (1.0 if ray.cluster_resources().get("GPU") else 0.0) if gpus is None else gpus
         if not self.slots():

@@ -1,0 +1,1 @@
+"""A package as a static folder in which a browser classifies images: python -m export.web DIR --out SITE"""
