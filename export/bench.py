@@ -47,8 +47,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     from export.package import Source
     from export.runtime import Classifier, random_pixels, sha256
 
-    runtime, source = Classifier(args.package, args.threads), Source.open(args.run)
-    if runtime.manifest["adapter_sha256"] != sha256(source.path):
+    runtime, source = Classifier(args.package, threads=args.threads), Source.open(args.run)
+    if sha256(source.path) != runtime.manifest["tasks"][runtime.task]["source_sha256"]:
         raise ValueError(f"{args.package} was not made of {args.run}; name the run it was exported from")
     torch.set_num_threads(args.threads)
     model = folded(source.model)

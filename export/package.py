@@ -6,6 +6,7 @@ is relative: the largest difference over the largest logit, at batches 1, 2, 3 a
 
 import copy
 import dataclasses
+import functools
 import json
 import platform
 import sys
@@ -23,7 +24,7 @@ import capavision as cv
 from capavision.files import new_folder, refuse_existing
 from capavision.targets import near
 from export.graph import folded, to_onnx
-from export.runtime import FILES, SCHEMA, TOLERANCE, Classifier, random_pixels, relative_error, sha256
+from export.runtime import SCHEMA, TOLERANCE, Classifier, random_pixels, relative_error, sha256
 
 ADAPTER = "adapter.safetensors"  # in a run folder
 BATCHES = (1, 2, 3, 5)
@@ -55,6 +56,25 @@ class Source:
         about = cv.describe(file)
         _check_described(file, about)
         return cls(file, about, cv.load(file).float().eval())
+
+    @property
+    def task(self) -> str:
+        """The task's name: the file's own word, else that of its folder or of the file."""
+        named = self.about["info"].get("task")
+        if isinstance(named, str) and named:
+            return named
+        return self.path.absolute().parent.name if self.path.name == ADAPTER else self.path.stem
+
+    @property
+    def labels(self) -> dict[str, str]:
+        """Class index as text -> name."""
+        return {str(i): name for i, name in enumerate(self.about["classes"])}
+
+    @property
+    def preprocessing(self) -> dict[str, Any]:
+        """size, mean, std."""
+        found: dict[str, Any] = self.about["info"]["preprocessing"]
+        return found
 
 
 def _near(path: Path) -> str:
@@ -97,21 +117,86 @@ def build(source: Source, out: Path, *, opset: int | None = None, tolerance: flo
         OSError: the disk is full.
     """
     refuse_existing(out)
-    preprocessing, classes = source.about["info"]["preprocessing"], source.about["classes"]
-    labels = {str(i): name for i, name in enumerate(classes)}
-    proto = to_onnx(folded(source.model), preprocessing["size"], labels, opset)
+    proto = to_onnx(folded(source.model), source.preprocessing["size"], source.labels, opset)
+    stays = any(isinstance(m, (cv.OutputDelta, cv.AttentionDelta)) for m in source.model.modules())
     with new_folder(out) as work:
-        onnx.save(proto, work / "model.onnx")
-        onnx.checker.check_model(str(work / "model.onnx"), full_check=True)
-        _write(work / "config.json", _config(source, labels))
-        _write(work / "preprocessor_config.json", _preprocessor(preprocessing))
-        manifest = _manifest(source, work, opset=proto.opset_import[0].version) | {"parity": {}, "probe": {}}
-        _write(work / "manifest.json", manifest)  # the classifier wants one, the figures follow
-        runtime = Classifier(work)
-        manifest["parity"] = parity(runtime.logits, source.model, runtime, tolerance)
-        manifest["probe"] = probe(runtime, source.model)
-        _write(work / "manifest.json", manifest)
+        write_graph(proto, work)
+        write_configs(source, work)
+        manifest = head_of("folded" if stays else "merged", proto, source) | {"tasks": {source.task: entry(source)}}
+        write_manifest(work, manifest)  # the classifier wants one, the figures follow
+        measure(manifest, {source.task: source}, Classifier(work), tolerance)
+        write_manifest(work, manifest)
     return manifest
+
+
+def write_graph(proto: onnx.ModelProto, work: Path) -> None:
+    """The float32 graph, checked in full."""
+    onnx.save(proto, work / "model.onnx")
+    onnx.checker.check_model(str(work / "model.onnx"), full_check=True)
+
+
+def write_configs(source: Source, work: Path) -> None:
+    """What a package says in the formats of others."""
+    _write(work / "config.json", _config(source))
+    _write(work / "preprocessor_config.json", _preprocessor(source.preprocessing))
+
+
+def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
+    """Write it, with the checksum of every other file in `folder`."""
+    paths = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / "manifest.json")
+    manifest["files"] = {
+        path.relative_to(folder).as_posix(): {"sha256": sha256(path), "bytes": path.stat().st_size} for path in paths
+    }
+    _write(folder / "manifest.json", manifest)
+
+
+def head_of(form: str, proto: onnx.ModelProto, source: Source) -> dict[str, Any]:
+    """What a manifest says of the package as a whole."""
+    import timm
+
+    return {
+        "schema_version": SCHEMA,
+        "form": form,
+        "files": {},
+        "graphs": {"float32": "model.onnx"},
+        "tasks": {},
+        "base": source.about["base"],
+        "opset": proto.opset_import[0].version,
+        "exporter": "dynamo",
+        "versions": {
+            "capavision": cv.__version__,
+            "torch": torch.__version__,
+            "timm": timm.__version__,
+            "onnx": onnx.__version__,
+            "onnxruntime": onnxruntime.__version__,
+            "python": platform.python_version(),
+        },
+        "quantization": {},
+    }
+
+
+def entry(source: Source, adapter: str | None = None) -> dict[str, Any]:
+    """What a manifest says of one task; `measure` fills in parity and probe."""
+    return {
+        "labels": list(source.labels.values()),
+        "adapter": adapter,
+        "source_sha256": sha256(source.path),
+        "methods": [plan["method"] for plan in source.about["injections"]],
+        "parity": {},
+        "probe": {},
+    }
+
+
+def measure(manifest: dict[str, Any], sources: dict[str, Source], runtime: Classifier, tolerance: float) -> None:
+    """Compare every task with its own model as trained, and note the figures and a probe in the manifest.
+
+    Raises:
+        ValueError: a task that differs by more than `tolerance`, or whose adapter changes nothing.
+    """
+    for name, source in sources.items():
+        task = manifest["tasks"][name]
+        task["parity"] = parity(functools.partial(runtime.logits, task=name), source.model, runtime, tolerance)
+        task["probe"] = probe(runtime, source.model)
 
 
 def parity(
@@ -168,13 +253,13 @@ def probe(runtime: Classifier, model: nn.Module) -> dict[str, Any]:
     return {**PROBE, "logits": reference(model, runtime, pixels).tolist()}
 
 
-def _config(source: Source, labels: dict[str, str]) -> dict[str, Any]:
+def _config(source: Source) -> dict[str, Any]:
     return {
         "architecture": source.about["base"]["model"] if source.about["base"] else None,
-        "num_classes": len(labels),
-        "id2label": labels,
-        "label2id": {name: int(index) for index, name in labels.items()},
-        "task": source.about["info"].get("task"),
+        "num_classes": len(source.labels),
+        "id2label": source.labels,
+        "label2id": {name: int(index) for index, name in source.labels.items()},
+        "task": source.task,
     }
 
 
@@ -191,28 +276,6 @@ def _preprocessor(preprocessing: dict[str, Any]) -> dict[str, Any]:
         "image_mean": preprocessing["mean"],
         "image_std": preprocessing["std"],
         "do_convert_rgb": True,
-    }
-
-
-def _manifest(source: Source, folder: Path, opset: int) -> dict[str, Any]:
-    import timm
-
-    return {
-        "schema_version": SCHEMA,
-        "files": {name: {"sha256": sha256(folder / name), "bytes": (folder / name).stat().st_size} for name in FILES},
-        "adapter_sha256": sha256(source.path),
-        "base": source.about["base"],
-        "methods": [plan["method"] for plan in source.about["injections"]],
-        "merged": not any(isinstance(m, (cv.OutputDelta, cv.AttentionDelta)) for m in source.model.modules()),
-        "opset": opset,
-        "versions": {
-            "capavision": cv.__version__,
-            "torch": torch.__version__,
-            "timm": timm.__version__,
-            "onnx": onnx.__version__,
-            "onnxruntime": onnxruntime.__version__,
-            "python": platform.python_version(),
-        },
     }
 
 

@@ -1,23 +1,26 @@
 """An exported package in use: numpy, pillow and onnxruntime, never torch.
 
-model.onnx                 pixel_values float32 (batch, 3, H, W) -> logits float32 (batch, classes)
-config.json                architecture, labels
-preprocessor_config.json   size, mean, std
-manifest.json              checksums, versions, parity figures, a probe with its logits
+model.onnx                     pixel_values float32 (batch, 3, H, W) -> logits float32 (batch, classes)
+model_int8.onnx, …             variants of it, where they were asked for
+adapters/<task>.onnx_adapter   of a split package: what a task puts into the slots of the base graph
+config.json                    architecture, labels of the first task
+preprocessor_config.json       size, mean, std
+manifest.json                  checksums, tasks with labels, parity figures and a probe each, versions
 """
 
 import hashlib
 import json
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Collection, Sequence
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
 import onnxruntime
 from PIL import Image, ImageOps
 
-SCHEMA = 1
-FILES = ("model.onnx", "config.json", "preprocessor_config.json")
+from export import session as sessions
+
+SCHEMA = 2
 TOLERANCE = 1e-4  # largest |difference| / largest |logit|
 
 
@@ -56,61 +59,151 @@ def read_manifest(folder: Path) -> Any:
     """The manifest of a package.
 
     Raises:
-        ValueError: it is missing or damaged, or of a newer format.
+        ValueError: it is missing or damaged, or of another format.
     """
     manifest = read_json(folder / "manifest.json")
-    if not isinstance(manifest, dict) or not {"schema_version", "files", "parity", "probe"} <= manifest.keys():
+    found = manifest.get("schema_version") if isinstance(manifest, dict) else None
+    if type(found) is int and found != SCHEMA:
+        cure = "upgrade capavision" if found > SCHEMA else "export again"
+        raise ValueError(f"{folder} has format {found}, this runtime reads {SCHEMA}; {cure}")
+    if found is None or not _whole(manifest):
         raise ValueError(f"{folder / 'manifest.json'} is damaged; export again")
-    if manifest["schema_version"] > SCHEMA:
-        found = manifest["schema_version"]
-        raise ValueError(f"{folder} has format {found}, this runtime reads up to {SCHEMA}; upgrade capavision")
     return manifest
 
 
-def check_files(folder: Path, manifest: Any) -> None:
+def _whole(manifest: dict[str, Any]) -> bool:
+    files, graphs, tasks = (manifest.get(key) for key in ("files", "graphs", "tasks"))
+    if not all(isinstance(part, dict) and part for part in (files, graphs, tasks)):
+        return False
+    assert files is not None and graphs is not None and tasks is not None  # noqa: PT018
+    if any(PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts for name in files):
+        return False
+    if not all({"labels", "adapter", "parity", "probe"} <= task.keys() for task in tasks.values()):
+        return False
+    named = {*graphs.values(), *(task["adapter"] for task in tasks.values() if task["adapter"])}
+    return named <= files.keys()
+
+
+def check_files(folder: Path, manifest: Any, but: Collection[str] = ()) -> None:
     """Raise ValueError for a file that is missing, or not the one that was exported."""
-    for name in FILES:
-        path, expected = folder / name, manifest["files"].get(name, {}).get("sha256")
+    for name, recorded in manifest["files"].items():
+        path = folder / name
+        if name in but:
+            continue
         if not path.is_file():
             raise ValueError(f"{path} is missing; export again")
-        if sha256(path) != expected:
+        if sha256(path) != recorded["sha256"]:
             raise ValueError(f"{path} was changed after the export; export again")
 
 
 class Classifier:
-    """A package, loaded: paths or PIL images in, labels and probabilities out.
+    """A package, loaded: paths or PIL images in, labels and probabilities out. Threads may share one.
 
     Args:
         folder: what `python -m export` wrote.
+        task: the current one, for calls that name none; None takes the package's first.
+        variant: "float32", or another of the package's graphs.
         threads: of ONNX Runtime; None leaves it the choice.
+        providers: "cuda", "tensorrt", "coreml", "cpu"; None takes the best that there is. `.providers` says what runs.
 
     Raises:
-        ValueError: the folder is no package, or one of a newer format, or a file of it was changed.
+        ValueError: the folder is no package, or one of another format, or a file of it was changed; an unknown task,
+            variant or provider.
 
-    >>> Classifier("package").predict(["cat.jpg"], top=1)  # doctest: +SKIP
+    >>> classifier = Classifier("package", "pets")  # doctest: +SKIP
+    >>> classifier.predict(["cat.jpg"], top=1)  # doctest: +SKIP
     [[('cat', 0.98)]]
+    >>> classifier.switch("flowers")  # doctest: +SKIP
     """
 
-    def __init__(self, folder: str | Path, threads: int | None = None) -> None:
-        folder = Path(folder)
-        self.manifest = read_manifest(folder)
-        check_files(folder, self.manifest)
-        self.labels = [label for _, label in sorted(read_json(folder / "config.json")["id2label"].items(), key=_number)]
-        self.preprocessor = read_json(folder / "preprocessor_config.json")
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3
-        if threads:
-            options.intra_op_num_threads = threads
-        model = folder / "model.onnx"
-        try:
-            self.session = onnxruntime.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
-        except Exception as error:  # onnxruntime raises classes of its own
-            raise ValueError(f"{model} does not load ({str(error).splitlines()[0]}); export again") from error
+    def __init__(
+        self,
+        folder: str | Path,
+        task: str | None = None,
+        *,
+        variant: str = "float32",
+        threads: int | None = None,
+        providers: Sequence[str] | None = None,
+    ) -> None:
+        self.folder, self.variant = Path(folder), variant
+        self.manifest = read_manifest(self.folder)
+        graphs, files = self.manifest["graphs"], self.manifest["files"]
+        if variant not in graphs or variant == "preprocess":
+            own = ", ".join(name for name in graphs if name != "preprocess")
+            raise ValueError(f"{folder} has no variant {variant!r}; choose of {own}")
+        graph, data = graphs[variant], f"{graphs[variant]}.data"
+        check_files(
+            self.folder, self.manifest, but={*graphs.values(), *(f"{g}.data" for g in graphs.values())} - {graph, data}
+        )
+        self.preprocessor = read_json(self.folder / "preprocessor_config.json")
+        identity = [files[name]["sha256"] for name in (graph, data) if name in files]
+        size = self.preprocessor["size"]["height"]
+        self.session = sessions.session(self.folder / graph, identity, size, threads, providers)
+        self._adapters = self._load_adapters()
+        self._task = self._known(self.tasks[0] if task is None else task)
+
+    def _load_adapters(self) -> dict[str, onnxruntime.LoraAdapter | None]:
+        tasks = self.manifest["tasks"]
+        if self.manifest["form"] != "split":
+            return dict.fromkeys(tasks)
+        base, slots = self.manifest["base_sha256"], self.manifest["slots"]
+        if self.session.get_modelmeta().custom_metadata_map.get("base_sha256") != base:
+            raise ValueError(f"{self.folder} has the base graph of another package; export again")
+        return {name: sessions.adapter(self.folder / task["adapter"], slots, base) for name, task in tasks.items()}
+
+    def _known(self, task: str) -> str:
+        if task not in self._adapters:
+            raise ValueError(f"{self.folder} has no task {task!r}; choose of {', '.join(self.tasks)}")
+        return task
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """The package's tasks by name."""
+        return tuple(self._adapters)
+
+    @property
+    def task(self) -> str:
+        """The task of calls that name none."""
+        return self._task
+
+    @property
+    def labels(self) -> list[str]:
+        """The current task's classes, in the order of its logits."""
+        return list(self.manifest["tasks"][self._task]["labels"])
+
+    @property
+    def providers(self) -> list[str]:
+        """ONNX Runtime's names of the execution providers that run, by preference."""
+        return list(self.session.get_providers())
+
+    def switch(self, task: str) -> None:
+        """Make `task` the current one; calls that have begun keep theirs.
+
+        Raises:
+            ValueError: the package has no such task.
+        """
+        self._task = self._known(task)
 
     def normalize(self, pixels: np.ndarray) -> np.ndarray:
-        """uint8 (n, H, W, 3) to the graph's input."""
+        """uint8 (n, H, W, 3) to the graph's input.
+
+        Raises:
+            ValueError: another dtype, layout or size.
+        """
+        self._check(pixels)
         mean, std = (np.array(self.preprocessor[key], np.float32) for key in ("image_mean", "image_std"))
         return ((pixels.astype(np.float32) / 255 - mean) / std).transpose(0, 3, 1, 2)
+
+    def _check(self, pixels: np.ndarray) -> None:
+        size = self.session.get_inputs()[0].shape[2:]  # names, where the graph takes any
+        expected = (*(n if isinstance(n, int) else None for n in size), 3)
+        is_array = isinstance(pixels, np.ndarray)
+        fits = is_array and pixels.dtype == np.uint8 and pixels.ndim == 4 and pixels.size > 0
+        if not fits or any(n not in (None, m) for n, m in zip(expected, pixels.shape[1:], strict=True)):
+            found = f"{pixels.dtype} {pixels.shape}" if is_array else type(pixels).__name__
+            raise ValueError(
+                f"pixels must be uint8 (n, {size[0]}, {size[1]}, 3), and are {found}; Classifier.preprocess makes such"
+            )
 
     def preprocess(self, image: str | Path | Image.Image) -> np.ndarray:
         """One image as uint8 (size, size, 3): upright, RGB, squashed, as in training.
@@ -128,20 +221,35 @@ class Classifier:
         except (OSError, SyntaxError, Image.DecompressionBombError) as error:
             raise ValueError(f"{image} does not decode ({error})") from error
 
-    def logits(self, pixels: np.ndarray) -> np.ndarray:
-        """Logits (n, classes) of uint8 images (n, H, W, 3)."""
-        logits: np.ndarray = self.session.run(["logits"], {"pixel_values": self.normalize(pixels)})[0]
+    def logits(self, pixels: np.ndarray, task: str | None = None) -> np.ndarray:
+        """Logits (n, classes) of uint8 images (n, H, W, 3), for `task` or else the current one.
+
+        Raises:
+            ValueError: an unknown task; pixels of another dtype, layout or size.
+        """
+        adapter = self._adapters[self._task if task is None else self._known(task)]
+        options = None
+        if adapter is not None:
+            options = onnxruntime.RunOptions()
+            options.add_active_adapter(adapter)
+        logits: np.ndarray = self.session.run(["logits"], {"pixel_values": self.normalize(pixels)}, options)[0]
         return logits
 
-    def predict(self, images: Sequence[str | Path | Image.Image], top: int = 5) -> list[list[tuple[str, float]]]:
-        """The `top` most probable labels of each image, most probable first."""
-        logits = self.logits(np.stack([self.preprocess(image) for image in images])).astype(np.float64)
+    def predict(
+        self, images: Sequence[str | Path | Image.Image], top: int = 5, task: str | None = None
+    ) -> list[list[tuple[str, float]]]:
+        """The `top` most probable labels of each image, most probable first, for `task` or else the current one.
+
+        Raises:
+            ValueError: an unknown task, an image that does not decode.
+        """
+        task = self._task if task is None else self._known(task)
+        if not len(images):
+            return []
+        labels = self.manifest["tasks"][task]["labels"]
+        logits = self.logits(np.stack([self.preprocess(image) for image in images]), task).astype(np.float64)
         exponent = np.exp(logits - logits.max(1, keepdims=True))
         probabilities = exponent / exponent.sum(1, keepdims=True)
         best = np.argsort(-probabilities, axis=1)[:, :top]
         rows = zip(best, probabilities, strict=True)
-        return [[(self.labels[k], float(p[k])) for k in chosen] for chosen, p in rows]
-
-
-def _number(item: tuple[str, str]) -> int:
-    return int(item[0])
+        return [[(labels[k], float(p[k])) for k in chosen] for chosen, p in rows]

@@ -1,32 +1,60 @@
 """Is a package whole, and does it still compute what was exported? python -m export.verify DIR"""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from export import cli
-from export.runtime import FILES, Classifier, random_pixels, relative_error
+from export.runtime import Classifier, check_files, random_pixels, read_manifest, relative_error
+
+RUN = {".onnx", ".data", ".onnx_adapter"}  # what a runtime may load
 
 
 def main(argv: list[str] | None = None) -> float:
-    """Check every checksum, then run the stored probe; returns the probe's relative error.
+    """Check every checksum, then run every task's stored probe; returns the largest relative error.
 
     Raises:
-        ValueError: a file that is missing or changed, or a probe that gives other logits.
+        ValueError: a file that is missing, changed or of no task, two tasks with one adapter, or a probe that gives
+            other logits.
     """
     parser = cli.Parser(prog="python -m export.verify", description=__doc__)
     parser.add_argument("package", type=Path, metavar="DIR", help="what python -m export wrote")
     folder = parser.parse_args(argv).package
-    classifier = Classifier(folder)  # which compares the checksums
-    manifest, probe = classifier.manifest, classifier.manifest["probe"]
-    size = classifier.preprocessor["size"]["height"]
-    error = relative_error(
-        classifier.logits(random_pixels(probe["seed"], probe["count"], size)), np.array(probe["logits"], np.float32)
-    )
-    tolerance = manifest["parity"]["tolerance"]
+    manifest = read_manifest(folder)
+    check_files(folder, manifest)
+    _check_owners(folder, manifest)
+    classifier = Classifier(folder)
+    worst = max(_probe(classifier, name) for name in classifier.tasks)
+    tasks = f"the probes of {len(classifier.tasks)} tasks" if len(classifier.tasks) > 1 else "probe"
+    print(f"{folder}: {len(manifest['files'])} checksums right, {tasks} within {worst:.1e}")
+    return worst
+
+
+def _check_owners(folder: Path, manifest: Any) -> None:
+    """Raise ValueError for a graph or adapter that the manifest does not list, and for an adapter of two tasks."""
+    there = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.suffix in RUN}
+    if extra := sorted(there - manifest["files"].keys()):
+        raise ValueError(f"{folder / extra[0]} is not in the manifest; take it out, or export again with its run")
+    owners: dict[str, str] = {}
+    for name, task in manifest["tasks"].items():
+        if task["adapter"] and (other := owners.setdefault(task["adapter"], name)) != name:
+            raise ValueError(f"{folder}: the tasks {other} and {name} share {task['adapter']}; export again")
+
+
+def _probe(classifier: Classifier, name: str) -> float:
+    task = classifier.manifest["tasks"][name]
+    probe, tolerance = task["probe"], task["parity"]["tolerance"]
+    pixels = random_pixels(probe["seed"], probe["count"], classifier.preprocessor["size"]["height"])
+    found, expected = classifier.logits(pixels, name), np.array(probe["logits"], np.float32)
+    if found.shape != expected.shape or found.shape[1] != len(task["labels"]):
+        classes = f"{found.shape[1]} classes, its probe {expected.shape[1]} and its labels {len(task['labels'])}"
+        raise ValueError(f"{classifier.folder}: the graph of {name} has {classes}; export again")
+    error = relative_error(found, expected)
     if not error <= tolerance:
-        raise ValueError(f"{folder}: the probe is off by {error:.1e} of its largest logit, above {tolerance:g}")
-    print(f"{folder}: {len(FILES)} checksums right, probe within {error:.1e}")
+        raise ValueError(
+            f"{classifier.folder}: the probe of {name} is off by {error:.1e} of its largest logit, above {tolerance:g}"
+        )
     return error
 
 

@@ -47,7 +47,7 @@ def adapter_file(path, method, name="test_vit", trained=True):
 def package(request, tmp_path_factory):
     """(adapter file, package) of each method."""
     folder = tmp_path_factory.mktemp("export")
-    file = adapter_file(folder / "adapter.safetensors", METHODS[request.param])
+    file = adapter_file(folder / f"{request.param}.safetensors", METHODS[request.param])
     export_command.main([str(file), "--out", str(folder / "package")])
     return file, folder / "package"
 
@@ -154,14 +154,21 @@ def test_an_adapter_folds_into_one_bottleneck_of_width_branches_times_rank(tmp_p
 
 
 def test_the_package_is_complete_and_says_what_it_is(package):
-    _, folder = package
+    file, folder = package
     assert {p.name for p in folder.iterdir()} == {
         "model.onnx", "config.json", "preprocessor_config.json", "manifest.json",
     }  # fmt: skip
     config, manifest = (json.loads((folder / f"{name}.json").read_text()) for name in ("config", "manifest"))
     assert config["id2label"] == {"0": "ant", "1": "bee", "2": "cow"}
-    assert set(manifest["parity"]["relative_error"]) == {"1", "2", "3", "5"}
-    assert manifest["parity"]["distance_to_base"] > 1e-3
+    assert manifest["schema_version"] == 2
+    assert manifest["form"] == ("merged" if file.stem.startswith("lora") else "folded")
+    (task,) = manifest["tasks"].values()
+    assert manifest["tasks"].keys() == {"toy"}
+    assert task["labels"] == CLASSES
+    assert task["adapter"] is None
+    assert task["source_sha256"] == sha256(file)
+    assert set(task["parity"]["relative_error"]) == {"1", "2", "3", "5"}
+    assert task["parity"]["distance_to_base"] > 1e-3
     proto = onnx.load(folder / "model.onnx")
     assert [i.name for i in proto.graph.input] == ["pixel_values"]
     assert [o.name for o in proto.graph.output] == ["logits"]
@@ -232,7 +239,7 @@ def test_verify_catches_weights_that_compute_something_else(copied, capsys):
     weight.CopyFrom(onnx.numpy_helper.from_array(array, weight.name))
     onnx.save(proto, copied / "model.onnx")
     make_the_checksum_fit(copied)
-    assert "the probe is off by" in refused(capsys, verify.main, copied)
+    assert "the probe of toy is off by" in refused(capsys, verify.main, copied)
 
 
 def test_a_failed_gate_names_batch_and_error_and_writes_nothing(merged, tmp_path, capsys):
@@ -252,12 +259,12 @@ def test_an_untrained_adapter_is_not_exported(tmp_path, capsys):
 def test_a_convolutional_net_exports(tmp_path):
     file = adapter_file(tmp_path / "a.safetensors", cv.LoRA(rank=2, branches=2), name="test_resnet")
     manifest = build(Source.open(file), tmp_path / "package")
-    assert max(manifest["parity"]["relative_error"].values()) < 1e-5
+    assert max(manifest["tasks"]["toy"]["parity"]["relative_error"].values()) < 1e-5
 
 
 def test_a_linear_probe_exports(tmp_path):
     file = adapter_file(tmp_path / "a.safetensors", cv.LinearProbe())
-    assert build(Source.open(file), tmp_path / "package")["parity"]["distance_to_base"] is None
+    assert build(Source.open(file), tmp_path / "package")["tasks"]["toy"]["parity"]["distance_to_base"] is None
 
 
 def test_an_opset_can_be_chosen(merged, tmp_path):
@@ -297,6 +304,8 @@ def test_a_newer_package_says_to_upgrade(copied, capsys):
     manifest = json.loads((copied / "manifest.json").read_text())
     (copied / "manifest.json").write_text(json.dumps({**manifest, "schema_version": 99}))
     assert "upgrade capavision" in refused(capsys, predict.main, copied, "x.png")
+    (copied / "manifest.json").write_text(json.dumps({**manifest, "schema_version": 1}))
+    assert "has format 1, this runtime reads 2; export again" in refused(capsys, predict.main, copied, "x.png")
     (copied / "manifest.json").write_text("{}")
     assert "manifest.json is damaged" in refused(capsys, verify.main, copied)
 
