@@ -5,6 +5,7 @@ from typing import Any
 
 from export import cli
 from export.runtime import TOLERANCE
+from export.wanted import Wanted, add_flags
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
@@ -23,12 +24,22 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         metavar="X",
         help=f"largest relative difference from PyTorch (default: {TOLERANCE:g})",
     )
+    add_flags(parser)
     args = parser.parse_args(argv)
+    wanted = Wanted.of(args)
     if args.out.exists():
         raise ValueError(f"{args.out} exists; name another --out, or delete it first")
     from export.package import Source, build
+    from export.variants import add_variants as variants
 
-    manifest = build(Source.open(args.run), args.out, opset=args.opset, tolerance=args.tolerance)
+    source = Source.open(args.run)
+    manifest = build(
+        source,
+        args.out,
+        opset=args.opset,
+        tolerance=args.tolerance,
+        then=lambda folder, manifest: variants([source], folder, manifest, wanted),
+    )
     worst = max(max(task["parity"]["relative_error"].values()) for task in manifest["tasks"].values())
     size = manifest["files"]["model.onnx"]["bytes"] / 1e6
     kind = "merged into the plain graph" if manifest["form"] == "merged" else "folded into dense bottlenecks"

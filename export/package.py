@@ -109,8 +109,18 @@ def _squashes(found: Any) -> bool:
     return type(size) is int and size > 0 and 0 not in colors[1]
 
 
-def build(source: Source, out: Path, *, opset: int | None = None, tolerance: float = TOLERANCE) -> dict[str, Any]:
+def build(
+    source: Source,
+    out: Path,
+    *,
+    opset: int | None = None,
+    tolerance: float = TOLERANCE,
+    then: Callable[[Path, dict[str, Any]], None] = lambda folder, manifest: None,
+) -> dict[str, Any]:
     """Write the package of `source` to `out`, whole or not at all; returns its manifest.
+
+    Args:
+        then: what is still done to the folder and the manifest, before the folder is moved into place.
 
     Raises:
         ValueError: `out` exists, the model does not export, or the graph and PyTorch disagree.
@@ -126,6 +136,7 @@ def build(source: Source, out: Path, *, opset: int | None = None, tolerance: flo
         write_manifest(work, manifest)  # the classifier wants one, the figures follow
         measure(manifest, {source.task: source}, Classifier(work), tolerance)
         write_manifest(work, manifest)
+        then(work, manifest)
     return manifest
 
 

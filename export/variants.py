@@ -4,10 +4,8 @@ What a smaller graph costs is measured, not promised: its accuracy beside float3
 is written into the manifest. The test split is never touched.
 """
 
-import argparse
-import dataclasses
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,12 +14,13 @@ import onnx
 
 from export import splits
 from export.half import half
+from export.package import Source, write_manifest
 from export.preprocess import with_preprocessing
 from export.quantize import dynamic, static
 from export.runtime import Classifier, random_pixels, read_json
+from export.wanted import Wanted
 
 if TYPE_CHECKING:
-    from export.package import Source
     from vtab.data import Data
 
 FILES = {
@@ -30,110 +29,64 @@ FILES = {
     "float16": "model_float16.onnx",
     "preprocess": "model_preprocess.onnx",
 }
-KINDS = {
+KINDS = {  # of those that compute with other numbers
     "int8": "dynamic: MatMul and Gemm, int8 weights per channel, uint8 activations",
     "int8-static": "static QDQ: MatMul, Gemm and Conv, int8 weights per channel, uint8 activations",
     "float16": "float16 weights and arithmetic, float32 inputs and outputs",
 }
-QUANTIZED = ("int8", "int8-static")
 INLINE = 1_500_000_000  # bytes; a larger graph keeps its weights in a file beside it
 BATCH = 16
 RANDOM = {"seed": 20240702, "images": 64}  # pixels to compare on where there are no images
 
 
-@dataclasses.dataclass(frozen=True)
-class Wanted:
-    """Which variants to add, and what to measure them on."""
-
-    names: tuple[str, ...] = ()
-    calibration_images: int = 128
-    calibration_seed: int = 0
-    data_root: Path | None = None
-
-    def __post_init__(self) -> None:
-        if self.calibration_images < 1:
-            raise ValueError(f"--calibration-images {self.calibration_images} must be at least 1")
-
-    @classmethod
-    def of(cls, args: argparse.Namespace) -> "Wanted":
-        """As the flags say."""
-        flags = [*args.quantize, *(["float16"] if args.half else []), *(["preprocess"] if args.preprocess else [])]
-        return cls(tuple(dict.fromkeys(flags)), args.calibration_images, args.calibration_seed, args.data_root)
-
-
-def add_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags of `Wanted`."""
-    group = parser.add_argument_group("variants", "more graphs, beside model.onnx")
-    group.add_argument(
-        "--quantize",
-        action="append",
-        default=[],
-        choices=QUANTIZED,
-        metavar="KIND",
-        help="int8 (MatMul and Gemm; no data needed) or int8-static (convolutions too; scales measured on training "
-        "images); may be given twice",
-    )
-    group.add_argument("--half", action="store_true", help="float16 weights, for half the size")
-    group.add_argument("--preprocess", action="store_true", help="uint8 image of any size in, probabilities out")
-    group.add_argument(
-        "--calibration-images", type=int, default=128, metavar="N", help="images for int8-static (default: 128)"
-    )
-    group.add_argument("--calibration-seed", type=int, default=0, metavar="N", help="which images (default: 0)")
-    group.add_argument(
-        "--data-root", type=Path, metavar="PATH", help="the task's images, if no longer where the run had them"
-    )
-
-
-def add_variants(source: "Source", folder: Path, manifest: dict[str, Any], wanted: Wanted) -> None:
-    """Make the variants in a package's folder, compare each with model.onnx, and note both in the manifest.
+def add_variants(sources: Sequence[Source], folder: Path, manifest: dict[str, Any], wanted: Wanted) -> None:
+    """Make variants in a package's folder, compare each with model.onnx, and note files and figures in the manifest.
 
     Args:
-        source: what the package was made of; beside it lies its run's config.json, if it has one.
-        folder: the package, written but for its variants, its manifest too.
-        manifest: as it will be written; changed here.
+        sources: what the package was made of, one for each task; beside each lies its run's config.json, if it has one.
+        folder: the package, whole but for its variants.
+        manifest: as it stands in the folder; changed here, and written with the new files' checksums.
         wanted: which variants.
 
     Raises:
         ValueError: a variant that this model has no use for, or that needs images which are not there; one whose output
             is not finite; images of other classes.
     """
-    # TODO(merge): imported late because package imports this module
-    from export.package import write_manifest
-
     if not wanted.names:
         return
-    labels = manifest["tasks"][source.task]["labels"]
-    data = _data(source, labels, wanted)
+    data = {source.task: _data(source, wanted) for source in sources}
+    if "int8-static" in wanted.names and len(sources) > 1:
+        raise ValueError(
+            "--quantize int8-static has one set of scales, and each task its own activations; take --quantize int8, or "
+            "export the runs one by one"
+        )
     proto = onnx.load(folder / manifest["graphs"]["float32"])
     for name in wanted.names:
-        _save(_made(name, proto, folder, data, wanted), folder / FILES[name], proto)
+        _save(_made(name, proto, folder, data[sources[0].task], wanted), folder / FILES[name], proto)
         manifest["graphs"][name] = FILES[name]
     write_manifest(folder, manifest)
-    float32 = Classifier(folder)
     for name in wanted.names:
         if name in KINDS:
-            manifest["quantization"][name] = about = _about(name, folder, wanted)
-            about |= compared(float32, Classifier(folder, variant=name), data)
-            print(said(name, about, manifest["files"][FILES["float32"]]["bytes"]))
+            manifest["quantization"][name] = _measured(name, folder, data, wanted)
+    write_manifest(folder, manifest)
 
 
-def _data(source: "Source", labels: list[str], wanted: Wanted) -> "Data | None":
-    """The run's images; None, with the reason on stderr, where they cannot be opened and nothing depends on them."""
-    run = splits.settings(source.path)
-    needed = wanted.data_root is not None or "int8-static" in wanted.names
-    if not set(wanted.names) & KINDS.keys():
-        return None
-    if not run and not needed:
+def _data(source: Source, wanted: Wanted) -> "Data | None":
+    """The run's images; None, with the reason on stderr, where they do not open and nothing depends on them."""
+    run, given = splits.settings(source.path), wanted.data_root is not None
+    needed = given or "int8-static" in wanted.names
+    if not set(wanted.names) & KINDS.keys() or not (run or needed):
         return None
     try:
-        return splits.open_data(run, source.task, wanted.data_root, labels)
+        return splits.open_data(run, source.task, wanted.data_root, list(source.labels.values()))
     except (ValueError, OSError) as error:
-        if "int8-static" in wanted.names and wanted.data_root is None:
-            raise ValueError(
-                f"--quantize int8-static measures scales on the run's training images: {error}; name their --data-root"
-            ) from error
-        if wanted.data_root is not None:
+        if given:
             raise
+        if needed:
+            raise ValueError(
+                f"--quantize int8-static measures its scales on the run's training images; name their --data-root "
+                f"({error})"
+            ) from error
         print(f"note: the run's images do not open ({error}); --data-root names another place", file=sys.stderr)
         return None
 
@@ -152,15 +105,15 @@ def _made(name: str, proto: onnx.ModelProto, folder: Path, data: "Data | None", 
 def calibration(runtime: Classifier, data: "Data", wanted: Wanted) -> np.ndarray:
     """Training images, drawn by the seed, as the graph takes them."""
     split = data.splits["train"]
-    rng = np.random.default_rng(wanted.calibration_seed)
-    chosen = np.sort(rng.permutation(len(split))[: wanted.calibration_images])
-    return runtime.normalize(split.decode(runtime.preprocessor["size"]["height"])[chosen])
+    drawn = np.random.default_rng(wanted.calibration_seed).permutation(len(split))[: wanted.calibration_images]
+    return runtime.normalize(split.decode(runtime.preprocessor["size"]["height"])[np.sort(drawn)])
 
 
 def _save(proto: onnx.ModelProto, path: Path, like: onnx.ModelProto) -> None:
     """Write a graph as clean as the one it was made of, and check it in full."""
-    del proto.graph.value_info[:]
-    for part in (proto, proto.graph, *proto.graph.node, *proto.graph.input, *proto.graph.output, *proto.graph.initializer):
+    graph = proto.graph
+    del graph.value_info[:]
+    for part in (proto, graph, *graph.node, *graph.input, *graph.output, *graph.initializer):
         del part.metadata_props[:]
     proto.metadata_props.extend(like.metadata_props)
     large = proto.ByteSize() > INLINE
@@ -168,16 +121,21 @@ def _save(proto: onnx.ModelProto, path: Path, like: onnx.ModelProto) -> None:
     onnx.checker.check_model(str(path), full_check=True)
 
 
-def _about(name: str, folder: Path, wanted: Wanted) -> dict[str, Any]:
-    about = {"kind": KINDS[name], "bytes": sum(p.stat().st_size for p in folder.glob(f"{FILES[name]}*"))}
+def _measured(name: str, folder: Path, data: "dict[str, Data | None]", wanted: Wanted) -> dict[str, Any]:
+    """What the manifest says of a variant that computes with other numbers."""
+    size = sum(path.stat().st_size for path in folder.glob(f"{FILES[name]}*"))
+    about: dict[str, Any] = {"kind": KINDS[name], "bytes": size}
     if name == "int8-static":
-        about["calibration"] = {
-            "split": "train", "images": wanted.calibration_images, "seed": wanted.calibration_seed,
-        }  # fmt: skip
-    return about
+        drawn = {"images": wanted.calibration_images, "seed": wanted.calibration_seed}
+        about["calibration"] = {"split": "train", **drawn}
+    float32, variant = Classifier(folder), Classifier(folder, variant=name)
+    found = {task: compared(float32, variant, images, task) for task, images in data.items()}
+    for task, figures in found.items():
+        print(said(name, size / sum(p.stat().st_size for p in folder.glob("model.onnx*")), size, task, figures))
+    return about | (next(iter(found.values())) if len(found) == 1 else {"tasks": found})
 
 
-def compared(float32: Classifier, variant: Classifier, data: "Data | None") -> dict[str, Any]:
+def compared(float32: Classifier, variant: Classifier, data: "Data | None", task: str) -> dict[str, Any]:
     """Top-1 of both on the validation images; without images, how often both agree on random pixels.
 
     Raises:
@@ -186,25 +144,24 @@ def compared(float32: Classifier, variant: Classifier, data: "Data | None") -> d
     size = float32.preprocessor["size"]["height"]
     if data is None:
         pixels = random_pixels(RANDOM["seed"], RANDOM["images"], size)
-        found = [top1(runtime, _pieces(pixels)) for runtime in (float32, variant)]
-        agreement = 100 * float((found[0] == found[1]).mean())
-        return {"agreement_on_random_pixels": {**RANDOM, "top1": agreement}}
+        first, second = (top1(runtime, _pieces(pixels), task) for runtime in (float32, variant))
+        return {"agreement_on_random_pixels": {**RANDOM, "top1": _percent(first == second)}}
     split = data.splits["val"]
-    first, second = (
-        top1(runtime, (pixels for pixels, _ in split.batches(size, BATCH))) for runtime in (float32, variant)
-    )
-    right = [100 * float((found == split.labels).mean()) for found in (first, second)]
-    agreement = 100 * float((first == second).mean())
-    return {
-        "validation": {"images": len(split), "float32": right[0], "quantized": right[1], "agreement": agreement},
-    }
+    batches = [(pixels for pixels, _ in split.batches(size, BATCH)) for _ in range(2)]
+    first, second = (top1(*each, task) for each in zip((float32, variant), batches, strict=True))
+    right = {"float32": _percent(first == split.labels), "quantized": _percent(second == split.labels)}
+    return {"validation": {"images": len(split), **right, "agreement": _percent(first == second)}}
 
 
 def _pieces(pixels: np.ndarray) -> Iterator[np.ndarray]:
     return (pixels[start : start + BATCH] for start in range(0, len(pixels), BATCH))
 
 
-def top1(runtime: Classifier, batches: Iterator[np.ndarray]) -> np.ndarray:
+def _percent(hits: np.ndarray) -> float:
+    return 100 * float(hits.mean())
+
+
+def top1(runtime: Classifier, batches: Iterable[np.ndarray], task: str) -> np.ndarray:
     """The most probable class of every image.
 
     Raises:
@@ -212,20 +169,23 @@ def top1(runtime: Classifier, batches: Iterator[np.ndarray]) -> np.ndarray:
     """
     found = []
     for pixels in batches:
-        logits = runtime.logits(pixels)
+        logits = runtime.logits(pixels, task)
         if not np.isfinite(logits).all():
-            raise ValueError(f"the {runtime.variant} graph gives logits that are not finite; nothing was written")
+            raise ValueError(f"the {runtime.variant} graph gives logits that are not finite; leave that variant out")
         found.append(logits.argmax(1))
     return np.concatenate(found)
 
 
-def said(name: str, about: dict[str, Any], float32_bytes: int) -> str:
-    """One line on what a variant saves and costs."""
-    size = f"{name}: {about['bytes'] / 1e6:.1f} MB, {about['bytes'] / float32_bytes:.2f} of float32"
-    if "validation" in about:
-        found = about["validation"]
-        cost = f"{found['images']} validation images: {found['float32']:.1f} % -> {found['quantized']:.1f} %"
+def said(name: str, share: float, size: int, task: str, figures: dict[str, Any]) -> str:
+    """One line on what a variant saves and costs.
+
+    >>> said("int8", 0.3, 6_500_000, "pets", {"validation": {"images": 200, "float32": 91.0, "quantized": 90.5}})
+    'int8: 6.5 MB, 0.30 of float32; pets: 91.0 % -> 90.5 % of 200 validation images'
+    """
+    if "validation" in figures:
+        found = figures["validation"]
+        cost = f"{found['float32']:.1f} % -> {found['quantized']:.1f} % of {found['images']} validation images"
     else:
-        found = about["agreement_on_random_pixels"]
-        cost = f"the same top-1 as float32 on {found['top1']:.1f} % of {found['images']} images of random pixels"
-    return f"{size}; {cost}"
+        found = figures["agreement_on_random_pixels"]
+        cost = f"float32's top-1 on {found['top1']:.1f} % of {found['images']} images of random pixels"
+    return f"{name}: {size / 1e6:.1f} MB, {share:.2f} of float32; {task}: {cost}"
