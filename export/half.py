@@ -3,6 +3,8 @@
 A CPU computes such a graph no faster (1.03 of float32 here); it is for downloads, and for GPUs.
 """
 
+import copy
+
 import onnx
 from onnxruntime.transformers.float16 import convert_float_to_float16
 from onnxruntime.transformers.onnx_model import OnnxModel
@@ -13,8 +15,6 @@ def half(proto: onnx.ModelProto) -> onnx.ModelProto:
 
     Slots (initializers that a task's adapter overrides) are inputs, so they stay float32 too.
     """
-    copied = onnx.ModelProto()
-    copied.CopyFrom(proto)
-    converted = convert_float_to_float16(copied, keep_io_types=True)
+    converted = convert_float_to_float16(copy.deepcopy(proto), keep_io_types=True)
     OnnxModel.graph_topological_sort(converted.graph)  # the converter appends its casts at the end
     return converted

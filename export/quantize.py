@@ -8,6 +8,7 @@ int8-static   convolutions too; activations have fixed scales, measured on train
 Attention's own products, of two activations, stay float32 in both: int8 there costs accuracy and saves no weight.
 """
 
+import copy
 import logging
 import math
 import tempfile
@@ -38,8 +39,7 @@ def dynamic(proto: onnx.ModelProto) -> onnx.ModelProto:
             "convolutional; --quantize int8-static covers convolutions"
         )
     slots = [i for i in proto.graph.initializer if i.name in {given.name for given in proto.graph.input}]
-    plain = onnx.ModelProto()
-    plain.CopyFrom(proto)
+    plain = copy.deepcopy(proto)
     for slot in slots:
         plain.graph.initializer.remove(slot)  # what is no constant is not quantised
     quantised = _written(
@@ -60,7 +60,7 @@ def static(proto: onnx.ModelProto, images: np.ndarray) -> onnx.ModelProto:
     """
     return _written(
         lambda path: quantize_static(
-            proto,
+            copy.deepcopy(proto),  # it moves the weights it is given into a file
             path,
             _Images(images),
             quant_format=QuantFormat.QDQ,

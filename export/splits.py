@@ -17,14 +17,14 @@ def settings(adapter: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def open_data(run: dict[str, Any], task: str, root: Path | None, labels: Sequence[str]) -> "Data":
+def open_data(run: dict[str, Any], task: str, root: Path | None, labels: Sequence[str] | None = None) -> "Data":
     """The task's splits, the same that the run had.
 
     Args:
         run: the run's settings, or nothing.
         task: the task's name, where the settings name none.
         root: folder of images, in place of the run's own.
-        labels: classes of the package.
+        labels: classes of the package, to be compared; None compares nothing.
 
     Raises:
         ValueError: no such task or data, or data with other classes.
@@ -42,7 +42,7 @@ def open_data(run: dict[str, Any], task: str, root: Path | None, labels: Sequenc
         partial=run.get("partial", False),
         split_file=split_file,
     )
-    if data.classes != list(labels):
+    if labels is not None and data.classes != list(labels):
         raise ValueError(f"{data.task} has the classes {_some(data.classes)}, the package {_some(labels)}")
     return data
 
