@@ -4,10 +4,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from PIL import Image, ImageOps
+
 from export.runtime import read_json
 
 if TYPE_CHECKING:
-    from vtab.data import Data
+    from vtab.data import Data, Split
+    from vtab.evaluate import Accuracy
 
 
 def settings(adapter: Path) -> dict[str, Any]:
@@ -49,3 +52,15 @@ def open_data(run: dict[str, Any], task: str, root: Path | None, labels: Sequenc
 
 def _some(names: Sequence[str]) -> str:
     return ", ".join(names[:3]) + (f" … ({len(names)})" if len(names) > 3 else "")
+
+
+def score(correct: int, total: int) -> "Accuracy":
+    """Top-1 with its 95 % interval."""
+    from vtab.evaluate import Accuracy
+
+    return Accuracy(correct, total)
+
+
+def upright(split: "Split", index: int) -> Image.Image:
+    """One image of a split as it is, upright and RGB."""
+    return ImageOps.exif_transpose(split.read(index)).convert("RGB")
