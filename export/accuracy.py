@@ -28,6 +28,9 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         ValueError: data that does not open or has other classes; a run that the package was not made of.
     """
     args = _parser().parse_args(argv)
+    for flag in ("test_limit", "threads"):
+        if (given := getattr(args, flag)) is not None and given < 1:
+            raise ValueError(f"--{flag.replace('_', '-')} {given} must be at least 1")
     preprocess = args.variant == "preprocess"
     chosen = {"variant": "float32" if preprocess else args.variant, "threads": args.threads}
     runtime = Classifier(args.package, args.task if args.task in _tasks(args.package) else None, **chosen)
@@ -102,16 +105,10 @@ def _parser() -> cli.Parser:
     parser.add_argument("--data-root", type=Path, metavar="PATH", help="the task's images, as for vtab.train")
     parser.add_argument("--task", metavar="NAME", help="which task (default: the package's first)")
     parser.add_argument("--variant", default="float32", metavar="NAME", help="which graph (default: float32)")
-    parser.add_argument("--test-limit", type=_positive, metavar="N", help="the first N images (default: the run's)")
-    parser.add_argument("--threads", type=_positive, metavar="N", help="of ONNX Runtime (default: its choice)")
+    parser.add_argument("--test-limit", type=int, metavar="N", help="the first N images (default: the run's)")
+    parser.add_argument("--threads", type=int, metavar="N", help="of ONNX Runtime (default: its choice)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
     return parser
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise ValueError
-    return int(text)
 
 
 if __name__ == "__main__":

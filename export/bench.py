@@ -2,9 +2,9 @@
 
 With --run they stand beside the plain base graph (the same model exported without its adapter) and PyTorch. Rounds
 visit all of them, each round in another order, so that whatever else the machine does meets all; a ratio is taken
-within a round, to the base graph (else to float32), and given as the median with its 95 % interval and quartiles. Inputs are random, normalised
-already; the preprocess graph gets one image of 640 × 480 and also resizes it. Idle threads do not spin, or those of one
-model would slow the next.
+within a round, to the base graph (else to float32), and given as the median with its 95 % interval and quartiles.
+Inputs are random and normalised already; the preprocess graph gets one image of 640 × 480, which it also resizes. Idle
+threads do not spin, or those of one model would slow the next.
 """
 
 import copy

@@ -149,6 +149,7 @@ def compared(float32: Classifier, variant: Classifier, data: "Data | None", task
     split = data.splits["val"]
     batches = [(pixels for pixels, _ in split.batches(size, BATCH)) for _ in range(2)]
     first, second = (top1(*each, task) for each in zip((float32, variant), batches, strict=True))
+    seen = splits.settings(source.path).get("stage") == "final"  # which trains on the 200 too
     right = {"float32": _percent(first == split.labels), "quantized": _percent(second == split.labels)}
     return {"validation": {"images": len(split), **right, "agreement": _percent(first == second)}}
 
