@@ -2,8 +2,8 @@
 
     python -m benchmarks.coverage [--families resnet,beit] [--methods lora,adapter] [--out docs/coverage.md]
 
-Per family one small model with random weights, in float64; tests/families.py says which, and its `chain` is the test:
-inject, one training step in train() mode, save, load on a fresh base, fold, remove.
+Per family one small model with random weights, in float64, see export/families.py; `chain` of tests/families.py is the
+test: inject, one training step in train() mode, save, load on a fresh base, fold, remove.
 """
 
 import argparse
@@ -17,7 +17,8 @@ import torch
 
 import capavision as cv
 from benchmarks.tables import add_methods, check_methods, check_names, measured, row, table
-from tests.families import FAMILIES, Outcome, RefusedError, chain, chain_of_norms, family_model
+from export.families import FAMILIES
+from tests.families import Outcome, RefusedError, chain, chain_of_norms, family_model
 from vtab.cli import Parser, run
 from vtab.textfile import write
 

@@ -22,9 +22,12 @@ from torch import nn
 
 import capavision as cv
 from capavision.files import new_folder, refuse_existing
+from capavision.inject import injections
 from capavision.targets import near
-from export.graph import folded, to_onnx
+from export import sizes
+from export.graph import exporter_of, folded, to_onnx
 from export.runtime import SCHEMA, TOLERANCE, Classifier, random_pixels, relative_error, sha256
+from export.store import save
 
 ADAPTER = "adapter.safetensors"  # in a run folder
 BATCHES = (1, 2, 3, 5)
@@ -109,13 +112,22 @@ def _squashes(found: Any) -> bool:
     return type(size) is int and size > 0 and 0 not in colors[1]
 
 
+Then = Callable[[Path, dict[str, Any]], None]
+
+
+def nothing(folder: Path, manifest: dict[str, Any]) -> None:
+    """Add nothing to a package."""
+
+
 def build(
     source: Source,
     out: Path,
     *,
     opset: int | None = None,
+    exporter: str | None = None,
+    dynamic_size: bool = False,
     tolerance: float = TOLERANCE,
-    then: Callable[[Path, dict[str, Any]], None] = lambda folder, manifest: None,
+    then: Then = nothing,
 ) -> dict[str, Any]:
     """Write the package of `source` to `out`, whole or not at all; returns its manifest.
 
@@ -123,11 +135,15 @@ def build(
         then: what is still done to the folder and the manifest, before the folder is moved into place.
 
     Raises:
-        ValueError: `out` exists, the model does not export, or the graph and PyTorch disagree.
+        ValueError: `out` exists, the model does not export (with `dynamic_size`: fixes its size), or the graph and
+            PyTorch disagree.
         OSError: the disk is full.
     """
     refuse_existing(out)
-    proto = to_onnx(folded(source.model), source.preprocessing["size"], source.labels, opset)
+    size = source.preprocessing["size"]
+    if dynamic_size:
+        sizes.refuse_fixed(source.model, size)
+    proto = to_onnx(folded(source.model), size, source.labels, opset, exporter=exporter, dynamic_size=dynamic_size)
     stays = any(isinstance(m, (cv.OutputDelta, cv.AttentionDelta)) for m in source.model.modules())
     with new_folder(out) as work:
         write_graph(proto, work)
@@ -135,15 +151,16 @@ def build(
         manifest = head_of("folded" if stays else "merged", proto, source) | {"tasks": {source.task: entry(source)}}
         write_manifest(work, manifest)  # the classifier wants one, the figures follow
         measure(manifest, {source.task: source}, Classifier(work), tolerance)
+        if dynamic_size:
+            manifest["dynamic_size"] = sizes.compare(work / "model.onnx", source.model, size, tolerance)
         write_manifest(work, manifest)
         then(work, manifest)
     return manifest
 
 
 def write_graph(proto: onnx.ModelProto, work: Path) -> None:
-    """The float32 graph, checked in full."""
-    onnx.save(proto, work / "model.onnx")
-    onnx.checker.check_model(str(work / "model.onnx"), full_check=True)
+    """The float32 graph, checked in full; above 1.5 GB its weights lie beside it."""
+    save(proto, work / "model.onnx")
 
 
 def write_configs(source: Source, work: Path) -> None:
@@ -173,7 +190,7 @@ def head_of(form: str, proto: onnx.ModelProto, source: Source) -> dict[str, Any]
         "tasks": {},
         "base": source.about["base"],
         "opset": proto.opset_import[0].version,
-        "exporter": "dynamo",
+        "exporter": exporter_of(proto),
         "versions": {
             "capavision": cv.__version__,
             "torch": torch.__version__,
@@ -242,7 +259,7 @@ def parity(
 
 def _distance(model: nn.Module, runtime: Classifier, error: float) -> float | None:
     """How far the deltas move the logits: parity would prove nothing of deltas that do not."""
-    if not any(isinstance(module, cv.Delta) for module in model.modules()):
+    if not any(plan.hosts or plan.trained for plan in injections(model)):
         return None
     pixels = random_pixels(BATCHES[-1], BATCHES[-1], runtime.preprocessor["size"]["height"])
     base = cv.remove(copy.deepcopy(model))

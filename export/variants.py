@@ -5,7 +5,7 @@ is written into the manifest. The test split is never touched.
 """
 
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,7 @@ from export.package import Source, write_manifest
 from export.preprocess import with_preprocessing
 from export.quantize import dynamic, static
 from export.runtime import Classifier, random_pixels, read_json
+from export.store import save
 from export.wanted import Wanted
 
 if TYPE_CHECKING:
@@ -34,16 +35,15 @@ KINDS = {  # of those that compute with other numbers
     "int8-static": "static QDQ: MatMul, Gemm and Conv, int8 weights per channel, uint8 activations",
     "float16": "float16 weights and arithmetic, float32 inputs and outputs",
 }
-INLINE = 1_500_000_000  # bytes; a larger graph keeps its weights in a file beside it
 BATCH = 16
 RANDOM = {"seed": 20240702, "images": 64}  # pixels to compare on where there are no images
 
 
-def add_variants(sources: Sequence[Source], folder: Path, manifest: dict[str, Any], wanted: Wanted) -> None:
+def add_variants(sources: dict[str, Source], folder: Path, manifest: dict[str, Any], wanted: Wanted) -> None:
     """Make variants in a package's folder, compare each with model.onnx, and note files and figures in the manifest.
 
     Args:
-        sources: what the package was made of, one for each task; beside each lies its run's config.json, if it has one.
+        sources: by task what the package was made of; beside each lies its run's config.json, if it has one.
         folder: the package, whole but for its variants.
         manifest: as it stands in the folder; changed here, and written with the new files' checksums.
         wanted: which variants.
@@ -54,31 +54,31 @@ def add_variants(sources: Sequence[Source], folder: Path, manifest: dict[str, An
     """
     if not wanted.names:
         return
-    data = {source.task: _data(source, wanted) for source in sources}
-    if "int8-static" in wanted.names and len(sources) > 1:
+    if "int8-static" in wanted.names and manifest["form"] == "split":
         raise ValueError(
             "--quantize int8-static has one set of scales, and each task its own activations; take --quantize int8, or "
             "export the runs one by one"
         )
+    data = {task: _data(task, source, wanted) for task, source in sources.items()}
     proto = onnx.load(folder / manifest["graphs"]["float32"])
     for name in wanted.names:
-        _save(_made(name, proto, folder, data[sources[0].task], wanted), folder / FILES[name], proto)
+        _save(_made(name, proto, folder, next(iter(data.values())), wanted), folder / FILES[name], proto)
         manifest["graphs"][name] = FILES[name]
     write_manifest(folder, manifest)
     for name in wanted.names:
         if name in KINDS:
-            manifest["quantization"][name] = _measured(name, folder, data, wanted)
+            manifest["quantization"][name] = _measured(name, folder, sources, data, wanted)
     write_manifest(folder, manifest)
 
 
-def _data(source: Source, wanted: Wanted) -> "Data | None":
+def _data(task: str, source: Source, wanted: Wanted) -> "Data | None":
     """The run's images; None, with the reason on stderr, where they do not open and nothing depends on them."""
     run, given = splits.settings(source.path), wanted.data_root is not None
     needed = given or "int8-static" in wanted.names
     if not set(wanted.names) & KINDS.keys() or not (run or needed):
         return None
     try:
-        return splits.open_data(run, source.task, wanted.data_root, list(source.labels.values()))
+        return splits.open_data(run, task, wanted.data_root, list(source.labels.values()))
     except (ValueError, OSError) as error:
         if given:
             raise
@@ -116,12 +116,12 @@ def _save(proto: onnx.ModelProto, path: Path, like: onnx.ModelProto) -> None:
     for part in (proto, graph, *graph.node, *graph.input, *graph.output, *graph.initializer):
         del part.metadata_props[:]
     proto.metadata_props.extend(like.metadata_props)
-    large = proto.ByteSize() > INLINE
-    onnx.save(proto, path, save_as_external_data=large, location=f"{path.name}.data")
-    onnx.checker.check_model(str(path), full_check=True)
+    save(proto, path)
 
 
-def _measured(name: str, folder: Path, data: "dict[str, Data | None]", wanted: Wanted) -> dict[str, Any]:
+def _measured(
+    name: str, folder: Path, sources: dict[str, Source], data: "dict[str, Data | None]", wanted: Wanted
+) -> dict[str, Any]:
     """What the manifest says of a variant that computes with other numbers."""
     size = sum(path.stat().st_size for path in folder.glob(f"{FILES[name]}*"))
     about: dict[str, Any] = {"kind": KINDS[name], "bytes": size}
@@ -131,6 +131,8 @@ def _measured(name: str, folder: Path, data: "dict[str, Data | None]", wanted: W
     float32, variant = Classifier(folder), Classifier(folder, variant=name)
     found = {task: compared(float32, variant, images, task) for task, images in data.items()}
     for task, figures in found.items():
+        if "validation" in figures:  # a final run trains on these images too
+            figures["validation"]["seen_in_training"] = splits.settings(sources[task].path).get("stage") == "final"
         print(said(name, size / sum(p.stat().st_size for p in folder.glob("model.onnx*")), size, task, figures))
     return about | (next(iter(found.values())) if len(found) == 1 else {"tasks": found})
 
@@ -149,7 +151,6 @@ def compared(float32: Classifier, variant: Classifier, data: "Data | None", task
     split = data.splits["val"]
     batches = [(pixels for pixels, _ in split.batches(size, BATCH)) for _ in range(2)]
     first, second = (top1(*each, task) for each in zip((float32, variant), batches, strict=True))
-    seen = splits.settings(source.path).get("stage") == "final"  # which trains on the 200 too
     right = {"float32": _percent(first == split.labels), "quantized": _percent(second == split.labels)}
     return {"validation": {"images": len(split), **right, "agreement": _percent(first == second)}}
 

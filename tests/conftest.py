@@ -5,7 +5,6 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"  # read once, when huggingface_hub is imported: no test may reach the network
 
 import copy
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from capavision.delta import Delta
+from export.families import awaken, seeded
 
 torch.set_num_threads(1)  # pytest-xdist brings the parallelism
 
@@ -26,13 +26,6 @@ def own_cache(tmp_path_factory, monkeypatch):
 @pytest.fixture
 def vit() -> nn.Module:
     return tiny_vit()
-
-
-def seeded(build: Callable[[], Any], seed: int = 0) -> Any:
-    """What `build` makes when torch's global generator starts from `seed`; the generator is then as it was."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return build()
 
 
 def create(name: str, seed: int = 0, num_classes: int = 5, **kwargs: Any) -> nn.Module:
@@ -52,16 +45,6 @@ def tiny_beit(**kwargs: Any) -> nn.Module:
 
 def images(size: int = 32, batch: int = 2, seed: int = 1) -> Tensor:
     return torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(seed))
-
-
-def awaken(module: nn.Module, seed: int = 0) -> nn.Module:
-    """Random values for every parameter that is silent: zero heads, layer scales of 1e-5, B, U and biases."""
-    rng = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for p in module.parameters():
-            if p.is_floating_point() and p.numel() and p.abs().max() < 1e-3:
-                p.copy_(torch.randn(p.shape, generator=rng) * 0.1)
-    return module
 
 
 def twin(module: nn.Module) -> nn.Module:

@@ -1,13 +1,12 @@
-"""One small model of each of timm's 98 families, and the chain of promises that every method keeps in each of them.
+"""The chain of promises that every method keeps in each of timm's 98 families, see export.families.
 
-Random weights; silent parameters are awakened and batch norms calibrated first, so that zero heads, layer scales of
-1e-5 and vanishing signals hide nothing. In float64, where a fold is exact but for rounding.
+In float64, where a fold is exact but for rounding.
 """
 
-import json
 from dataclasses import dataclass
-from pathlib import Path
 
+import pytest
+import timm
 import torch
 from torch import nn
 
@@ -15,63 +14,14 @@ import capavision as cv
 from capavision.attention import classifier
 from capavision.delta import Rows
 from capavision.host import is_batch_norm
-from tests.conftest import awaken, create, images, outputs, seeded, snapshot, twin
-
-FAMILIES = json.loads((Path(__file__).parent / "timm_families.json").read_text())
-# The side of the input in pixels, 64 where none is given.
-SIZES = {
-    **dict.fromkeys(("inception_resnet_v2", "inception_v3", "inception_v4"), 80),
-    **{"byoanet": 256, "deepseek_vit": 56, "efficientformer": 224, "iformer": 128, "levit": 224},
-    **{"mambaout": 96, "maxxvit": 160},
-}
-# Built for 64 pixels too, where the architecture is told its input size.
-SIZED = (
-    "beit", "cait", "coat", "convit", "deit", "efficientformer_v2", "gcvit", "hiera", "mlp_mixer", "nest", "pit",
-    "swin_transformer", "swin_transformer_v2", "swin_transformer_v2_cr", "tnt", "vision_transformer",
-    "vision_transformer_hybrid", "vision_transformer_relpos", "visformer", "vitamin", "volo",
-)  # fmt: skip
-# And the large ones, cut down.
-SMALL = {"embed_dim": 192, "num_heads": 3, "depth": 2}
-KWARGS = {
-    **{family: {"img_size": 64} for family in SIZED},
-    **dict.fromkeys(("deepseek_vit", "gemma4_vit", "naflexvit", "qwen3_vit", "vision_transformer_sam"), SMALL),
-    "beit": {"img_size": 64, **SMALL},
-    "davit": {"embed_dims": (48, 96, 192, 384)},
-    **{f"swin_transformer{version}": {"img_size": 64, "embed_dim": 48} for version in ("", "_v2", "_v2_cr")},
-    "hiera": {"img_size": 64, "embed_dim": 48},
-    "hieradet_sam2": {"embed_dim": 48},
-    "mobilenetv5": {"channel_multiplier": 0.5},
-    "nasnet": {"num_features": 672, "stem_size": 16},
-    "res2net": {"layers": (2, 1, 1, 2)},
-    "sequencer": {"embed_dims": (48, 96, 96, 96)},
-    "tresnet": {"width_factor": 0.5},
-    "twins": {"embed_dims": (32, 64, 128, 256)},
-    "vgg": {"mlp_ratio": 1 / 16},
-}
-
-
-def calibrated(model, x):
-    """Running statistics of batch norms as of `x`, or the signal dies away in a deep net of random weights."""
-    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    if norms:
-        usual = {norm: norm.momentum for norm in norms}
-        for norm in norms:
-            norm.momentum = None  # the mean of all batches seen, that is of this one
-        with torch.no_grad():
-            seeded(lambda: model.train()(x))
-        for norm in norms:
-            norm.momentum = usual[norm]
-    return model.eval()
+from export.families import FAMILIES, small_model
+from tests.conftest import outputs, seeded, snapshot, twin
 
 
 def family_model(family):
-    size = SIZES.get(family, 64)
-    x = images(size, 1 if size == 256 else 2).double()
-    model = awaken(create(FAMILIES[family], **KWARGS.get(family, {}))).double()
-    for module in model.modules():
-        if hasattr(module, "drop_prob"):
-            module.drop_prob = 0.0  # a block that is skipped by chance gets no gradient
-    return calibrated(model, x), x
+    if not timm.is_model(FAMILIES[family]):
+        pytest.skip(f"timm {timm.__version__} has no {FAMILIES[family]}")
+    return small_model(family, torch.float64)
 
 
 def recorded(model, x):

@@ -1,0 +1,242 @@
+"""Does every family of timm export? One small model of each with a LoRA folded in, against PyTorch.
+
+    python -m export.survey [--families resnet,beit] [--out docs/export_survey.md]
+
+Per family: a LoRA on every Linear and conv layer of a small model with random weights, its deltas awakened; folded,
+exported with a dynamic batch, checked by ONNX, run in ONNX Runtime at batches 1, 2 and 3, and compared with the model
+as it was before folding. By dynamo; by legacy, and with dynamo's reason, where that fails.
+"""
+
+import contextlib
+import dataclasses
+import datetime
+import json
+import platform
+import re
+import tempfile
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import torch
+
+import capavision as cv
+from capavision.files import replacing
+from capavision.targets import near
+from export import cli
+from export.families import FAMILIES, awaken, small_model
+from export.graph import exporter_of, folded, to_onnx
+from export.names import nodes
+from export.runtime import relative_error
+from export.store import save
+
+BAR = 1e-5  # the largest relative error that is "ok"
+BATCHES = (1, 2, 3)
+METHOD = cv.LoRA(rank=4, branches=2)
+COLUMNS = ("family", "architecture", "result", "relative error", "exporter", "opset", "nodes", "MB", "s")
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One family; `result` is "ok", "above …" or "FAILED: …", and `remark` why dynamo did not do it."""
+
+    family: str
+    result: str
+    seconds: float
+    error: float | None = None
+    exporter: str = ""
+    opset: int | None = None
+    nodes: int | None = None
+    megabytes: float | None = None
+    remark: str = ""
+
+    @property
+    def cells(self) -> tuple[object, ...]:
+        figures = ("", "", "", "", "")
+        if self.error is not None:
+            figures = (f"{self.error:.1e}", self.exporter, self.opset, self.nodes, f"{self.megabytes:.1f}")
+        result = f"{self.result} ({self.remark})" if self.remark else self.result
+        return (self.family, FAMILIES[self.family], result, *figures, f"{self.seconds:.1f}")
+
+
+def survey(family: str, opset: int | None = None) -> Row:
+    """The row of a family, whatever happens."""
+    start = time.perf_counter()
+    try:
+        found = measure(family, opset)
+    except Exception as error:  # whatever goes wrong in one family is its row, and the survey goes on
+        found = {"result": f"FAILED: {type(error).__name__}: {one_line(error)}"}
+    return Row(family, seconds=time.perf_counter() - start, **found)
+
+
+def measure(family: str, opset: int | None = None) -> dict[str, Any]:
+    """What a row says, but for its seconds.
+
+    Raises:
+        ValueError: neither exporter traces the model, or its deltas move nothing.
+    """
+    model, example = small_model(family)
+    size = example.shape[-1]
+    pixels = {n: torch.randn(n, 3, size, size, generator=torch.Generator().manual_seed(n)) for n in BATCHES}
+    with torch.inference_mode():
+        plain = model(pixels[1]).numpy()
+    cv.inject(model, METHOD, "all", example=example)
+    for i, delta in enumerate(m for m in model.modules() if isinstance(m, cv.Delta)):
+        awaken(delta, seed=i, std=0.02)
+    model.train().eval()  # clears what some models cache in eval
+    with torch.inference_mode():
+        expected = {n: model(x).numpy() for n, x in pixels.items()}
+
+    proto, remark = traced(folded(model), size, opset)
+    found, about = {}, {"opset": proto.opset_import[0].version, "nodes": sum(1 for _ in nodes(proto.graph))}
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.onnx"
+        save(proto, path)
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads, options.log_severity_level = torch.get_num_threads(), 3
+        session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        for n, x in pixels.items():
+            found[n] = session.run(["logits"], {"pixel_values": x.numpy()})[0]
+        megabytes = sum(file.stat().st_size for file in Path(folder).iterdir()) / 1e6
+    error = max(relative_error(found[n], expected[n]) for n in BATCHES)
+    moved = relative_error(plain, expected[1])
+    if not moved > 100 * BAR:
+        raise ValueError(f"the deltas moved the logits by {moved:.1e} only, so an agreement would prove nothing")
+    agree = all((found[n].argmax(1) == expected[n].argmax(1)).all() for n in BATCHES)
+    result = "FAILED: another top-1" if not agree else "ok" if error <= BAR else f"above {BAR:g}"
+    return {"result": result, "error": error, "exporter": exporter_of(proto), "megabytes": megabytes, **about} | (
+        {"remark": remark} if remark else {}
+    )
+
+
+def traced(model: torch.nn.Module, size: int, opset: int | None) -> tuple[onnx.ModelProto, str]:
+    """The graph, and why it is not dynamo's, where it is not."""
+    try:
+        return to_onnx(model, size, {}, opset, exporter="dynamo"), ""
+    except ValueError as refusal:
+        return to_onnx(model, size, {}, opset, exporter="legacy"), one_line(refusal)
+
+
+def one_line(error: Exception) -> str:
+    """What an error says, on one line of 300 characters, without the folders of this machine."""
+    return re.sub(r"(?<![\w.])/(?:[\w.+-]+/)+", "…/", " ".join(str(error).split()))[:300]
+
+
+def table(rows: Iterable[Row]) -> str:
+    """
+    >>> print(table([Row("beit", "FAILED: why", 1.0)]).splitlines()[-1])
+    | beit | beit_base_patch16_224 | FAILED: why |  |  |  |  |  | 1.0 |
+    """
+    return "\n".join(map(line, (COLUMNS, ["---"] * len(COLUMNS), *(row.cells for row in rows))))
+
+
+def line(cells: Iterable[object]) -> str:
+    """One line of a table; a bar inside a cell is escaped."""
+    return "| " + " | ".join(str(cell).replace("|", "\\|") for cell in cells) + " |"
+
+
+def summary(rows: Sequence[Row]) -> str:
+    """How many are ok, by which exporter, and the figures of those."""
+    ok = [row for row in rows if row.result == "ok"]
+    dynamo = sum(row.exporter == "dynamo" for row in ok)
+    text = f"{len(ok)} of {len(rows)} ok: {dynamo} by dynamo, {len(ok) - dynamo} by legacy."
+    if ok:
+        errors, seconds = [row.error for row in ok], [row.seconds for row in ok]
+        text += f" Relative error: median {np.median(errors):.1e}, largest {max(errors):.1e}."
+        text += f" Seconds: median {np.median(seconds):.1f}, largest {max(seconds):.1f}."
+    return text
+
+
+def document(rows: Sequence[Row], command: str) -> str:
+    """What --out writes."""
+    import timm
+
+    version = {"python": platform.python_version(), "capavision": cv.__version__, "torch": torch.__version__}
+    version |= {"timm": timm.__version__, "onnx": onnx.__version__, "onnxruntime": onnxruntime.__version__}
+    return f"""# Export of timm's families
+
+One small model of each family, random weights, float32. A LoRA (rank 4, 2 branches) sits on every Linear and conv layer
+and moves the logits; the model is folded, exported with a dynamic batch, checked by `onnx.checker`, and run in ONNX
+Runtime at batches {", ".join(map(str, BATCHES))}. "ok": every logit is within {BAR:g} of the largest logit of PyTorch's
+model before folding, and top-1 is equal. The exporter is dynamo, with fused attention off; where it fails, legacy.
+
+`{command}`, {datetime.date.today():%d %B %Y}: {sum(row.seconds for row in rows) / 60:.0f} minutes on
+{torch.get_num_threads()} thread of a CPU ({platform.machine()}); {", ".join(f"{k} {v}" for k, v in version.items())}.
+
+{summary(rows)}
+
+{table(rows)}
+"""
+
+
+class Progress:
+    """Rows found so far, in a file beside the document, so that the same command goes on where it stopped."""
+
+    def __init__(self, out: Path | None, settings: dict[str, Any]) -> None:
+        self.path = out.with_name(f"{out.name}.part.jsonl") if out else None
+        self.settings = settings
+        self.rows: dict[str, Row] = {}
+        if self.path and self.path.is_file():
+            with _damage_told(self.path):
+                head, *rest = self.path.read_text().splitlines()
+                if json.loads(head) != settings:
+                    raise ValueError(f"it is of {head}, this is {json.dumps(settings)}")
+                self.rows = {row.family: row for row in (Row(**json.loads(text)) for text in rest)}
+
+    def add(self, row: Row) -> None:
+        """Keep it, on the disk too."""
+        self.rows[row.family] = row
+        if self.path:
+            kept = [self.settings, *map(dataclasses.asdict, self.rows.values())]
+            with replacing(self.path) as temporary:
+                temporary.write_text("".join(json.dumps(each) + "\n" for each in kept))
+
+    def finish(self) -> None:
+        """The document has it all."""
+        if self.path:
+            self.path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _damage_told(path: Path) -> Any:
+    try:
+        yield
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path} does not go on ({error}); delete it to start anew") from error
+
+
+def main(argv: Sequence[str] | None = None) -> list[Row]:
+    """Survey, print a row as each is known, write the document."""
+    parser = cli.Parser(prog="python -m export.survey", description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--families", default=",".join(FAMILIES), metavar="A,B", help="some of them (default: all)")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write the table there too, as Markdown")
+    args = parser.parse_args(argv)
+    families = list(dict.fromkeys(args.families.split(",")))
+    for name in families:
+        if name not in FAMILIES:
+            raise ValueError(f"--families: {name!r} is unknown; {near(name, FAMILIES)}")
+    import timm
+
+    settings = {"torch": torch.__version__, "timm": timm.__version__, "onnxruntime": onnxruntime.__version__}
+    progress = Progress(args.out, settings)
+    print(table(progress.rows[name] for name in families if name in progress.rows), flush=True)
+    for name in families:
+        if name not in progress.rows:
+            progress.add(survey(name))
+            print(line(progress.rows[name].cells), flush=True)
+    rows = [progress.rows[name] for name in families]
+    print(f"\n{summary(rows)}")
+    if args.out:
+        some = "" if families == list(FAMILIES) else f" --families {','.join(families)}"
+        with replacing(args.out) as temporary:
+            temporary.write_text(document(rows, f"python -m export.survey{some} --out {args.out}"), encoding="utf-8")
+        progress.finish()
+    return rows
+
+
+if __name__ == "__main__":
+    cli.run(main, stopped="the rows found are kept beside --out, and the same command goes on")
