@@ -8,6 +8,7 @@ from typing import Any
 
 from export import cli
 from export.runtime import TOLERANCE
+from export.wanted import Wanted, add_flags
 
 FORMS = {
     "merged": "merged into the plain graph",
@@ -24,23 +25,36 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     from export import delta, package, split
     from export.graph import check_choices
 
+    wanted = Wanted.of(args)
     check_choices(args.opset, args.exporter)
     if args.delta:
         return delta.make(package.Source.open(args.delta), args.base, args.out)
     if args.split:
         runs = split.named(args.split)
-        manifest = split.build(runs, args.out, opset=args.opset, tolerance=args.tolerance)
+        manifest = split.build(runs, args.out, opset=args.opset, tolerance=args.tolerance, then=_adding(runs, wanted))
     else:
+        source = package.Source.open(args.run)
         manifest = package.build(
-            package.Source.open(args.run),
+            source,
             args.out,
             opset=args.opset,
             exporter=args.exporter,
             dynamic_size=args.dynamic_size,
             tolerance=args.tolerance,
+            then=_adding({source.task: source}, wanted),
         )
     _tell(args.out, manifest)
     return manifest
+
+
+def _adding(sources: dict[str, Any], wanted: Wanted) -> Any:
+    """What makes the variants of a package of these tasks."""
+    from export.package import nothing
+    from export.variants import add_variants
+
+    if not wanted.names:
+        return nothing
+    return lambda folder, manifest: add_variants(sources, folder, manifest, wanted)
 
 
 def _tell(out: Path, manifest: dict[str, Any]) -> None:
@@ -93,9 +107,12 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         metavar="X",
         help=f"largest relative difference from PyTorch (default: {TOLERANCE:g})",
     )
+    add_flags(parser)
     args = parser.parse_args(argv)
     if sum(bool(each) for each in (args.run, args.split, args.delta)) != 1:
         parser.error("give one of RUN_DIR, --split RUN1 RUN2 … and --delta RUN")
+    if args.delta and (args.quantize or args.half or args.preprocess):
+        parser.error("--quantize, --half and --preprocess are for packages; a delta has none of them")
     if (args.delta is None) != (args.base is None):
         parser.error("--delta and --base belong together: what to add, and to which package")
     if (args.split or args.delta) and (args.exporter or args.dynamic_size):

@@ -1,74 +1,266 @@
-"""Latency of a package in ONNX Runtime beside its model in PyTorch: python -m export.bench DIR --run RUN_DIR
+"""Latency, throughput and memory of a package's graphs: python -m export.bench DIR [--run RUN_DIR]
 
-Rounds alternate between the two, so that whatever else the machine does meets both; the ratio is of medians.
+With --run they stand beside the plain base graph (the same model exported without its adapter) and PyTorch. Rounds
+visit all of them, each round in another order, so that whatever else the machine does meets all; a ratio is taken
+within a round, to the base graph (else to float32), and given as the median with its 95 % interval and quartiles.
+Inputs are random and normalised already; the preprocess graph gets one image of 640 × 480, which it also resizes. Idle
+threads do not spin, or those of one model would slow the next.
 """
 
+import copy
 import json
 import os
-import time
-from collections.abc import Callable
+import platform
+import tempfile
+from collections.abc import Callable, Sequence
+from importlib import metadata
 from pathlib import Path
-from typing import Any
+from time import perf_counter
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import onnxruntime
 
-from export import cli
+from export import cli, memory
+from export.runtime import check_files, read_manifest, sha256
+
+if TYPE_CHECKING:
+    from export.package import Source
+
+PHOTO = (480, 640, 3)
+Call = Callable[[], Any]
 
 
-def interleaved(calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str, dict[str, float]]:
-    """Milliseconds of each call: median and quartiles over `rounds` alternating rounds, after two to warm up."""
-    times: dict[str, list[float]] = {name: [] for name in calls}
+def opened(graph: Path, threads: int) -> onnxruntime.InferenceSession:
+    """A session on the CPU."""
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.intra_op_num_threads = threads
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    return onnxruntime.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
+
+
+def feeds(session: onnxruntime.InferenceSession, batch: int) -> dict[str, np.ndarray]:
+    """A random input for a graph, of pixels or of a whole image."""
+    given, rng = session.get_inputs()[0], np.random.default_rng(0)
+    if given.name == "image":
+        return {"image": rng.integers(0, 256, PHOTO, np.uint8)}
+    size = [n if isinstance(n, int) else 224 for n in given.shape[2:]]
+    return {given.name: rng.standard_normal((batch, 3, *size), np.float32)}
+
+
+def interleaved(calls: dict[str, Call], rounds: int) -> dict[str, np.ndarray]:
+    """Milliseconds of each call in each round, after two rounds to warm up."""
+    names, times = list(calls), {name: np.zeros(rounds + 2) for name in calls}
     for turn in range(rounds + 2):
-        for name, call in calls.items():
-            start = time.perf_counter()
-            call()
-            if turn >= 2:
-                times[name].append(1000 * (time.perf_counter() - start))
-    quartiles = {name: np.percentile(values, [25, 50, 75]) for name, values in times.items()}
-    return {name: {"median": q[1], "low": q[0], "high": q[2]} for name, q in quartiles.items()}
+        for i in np.random.default_rng(turn).permutation(len(names)):
+            start = perf_counter()
+            calls[names[i]]()
+            times[names[i]][turn] = 1000 * (perf_counter() - start)
+    return {name: values[2:] for name, values in times.items()}
 
 
-def main(argv: list[str] | None = None) -> dict[str, Any]:
-    """Time both, print the table, return it."""
-    parser = cli.Parser(prog="python -m export.bench", description=__doc__.splitlines()[0])
-    parser.add_argument("package", type=Path, metavar="DIR", help="what python -m export wrote")
-    parser.add_argument("--run", type=Path, required=True, metavar="RUN_DIR", help="the run it was made of")
-    parser.add_argument("--batch", type=int, default=1, metavar="N", help="images a call (default: 1)")
-    parser.add_argument("--rounds", type=int, default=50, metavar="N", help="timed rounds (default: 50)")
-    parser.add_argument("--threads", type=int, default=os.cpu_count(), metavar="N", help="of both (default: all cores)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
-    args = parser.parse_args(argv)
-    for flag in ("batch", "rounds", "threads"):
-        if getattr(args, flag) < 1:
-            raise ValueError(f"--{flag} {getattr(args, flag)} must be at least 1")
+def rows(times: dict[str, np.ndarray], batch: int, threads: int) -> list[dict[str, Any]]:
+    """Latency, throughput, and the ratio to the first of them within a round.
+
+    >>> rows({"base": np.array([10.0, 20.0]), "int8": np.array([5.0, 10.0])}, 1, 1)[1]["ratio"]["median"]
+    0.5
+    """
+    reference, found = next(iter(times.values())), []
+    for name, values in times.items():
+        ratios = np.sort(values / reference)
+        low, median, high = np.percentile(ratios, [25, 50, 75])
+        rank = int(max(len(ratios) / 2 - 0.98 * len(ratios) ** 0.5, 0))  # of the interval's ends, from either side
+        p50, p95 = np.percentile(values, [50, 95])
+        found.append(
+            {
+                "name": name,
+                "batch": batch,
+                "threads": threads,
+                "p50_ms": float(p50),
+                "p95_ms": float(p95),
+                "images_per_second": float(1000 * batch / p50),
+                "ratio": {
+                    "median": float(median),
+                    "interval95": [float(ratios[rank]), float(ratios[-1 - rank])],
+                    "quartiles": [float(low), float(high)],
+                },
+            }
+        )
+    return found
+
+
+def torch_calls(source: "Source", batch: int, threads: int, compiled: bool) -> dict[str, Call]:
+    """PyTorch's own forward pass of the folded model, eager and, where asked for, compiled."""
     import torch
 
     from export.graph import folded
-    from export.package import Source
-    from export.runtime import Classifier, random_pixels, sha256
 
-    runtime, source = Classifier(args.package, threads=args.threads), Source.open(args.run)
-    if sha256(source.path) != runtime.manifest["tasks"][runtime.task]["source_sha256"]:
-        raise ValueError(f"{args.package} was not made of {args.run}; name the run it was exported from")
-    torch.set_num_threads(args.threads)
-    model = folded(source.model)
-    pixels = runtime.normalize(random_pixels(0, args.batch, runtime.preprocessor["size"]["height"]))
-    tensor = torch.from_numpy(pixels)
+    torch.set_num_threads(threads)
+    model, size = folded(source.model), source.preprocessing["size"]
+    pixels = torch.from_numpy(np.random.default_rng(0).standard_normal((batch, 3, size, size), np.float32))
+    models = {"pytorch": model}
+    if compiled:
+        torch.compiler.reset()  # or the second batch size would be compiled as a symbol
+        models["pytorch, compiled"] = torch.compile(copy.deepcopy(model), dynamic=False)
 
-    def eager() -> Any:
-        with torch.inference_mode():
-            return model(tensor)
+    def call(chosen: Any) -> Call:
+        def forward() -> Any:
+            with torch.inference_mode():
+                return chosen(pixels)
 
-    calls = {"onnxruntime": lambda: runtime.session.run(["logits"], {"pixel_values": pixels}), "pytorch": eager}
-    figures = interleaved(calls, args.rounds)
-    result = {"milliseconds": figures, "ratio": figures["onnxruntime"]["median"] / figures["pytorch"]["median"]}
-    result |= {"batch": args.batch, "threads": args.threads, "rounds": args.rounds}
-    for name, ms in figures.items():
-        print(f"{name:<12} {ms['median']:8.2f} ms  (quartiles {ms['low']:.2f} … {ms['high']:.2f})")
-    print(f"ratio {result['ratio']:.2f} at batch {args.batch}, {args.threads} threads, {args.rounds} rounds")
+        return forward
+
+    return {name: call(chosen) for name, chosen in models.items()}
+
+
+def write_base(source: "Source", opset: int, path: Path) -> None:
+    """The graph of the model without its adapter, but with its head."""
+    import onnx
+
+    import capavision as cv
+    from export.graph import to_onnx
+
+    plain = cv.remove(copy.deepcopy(source.model)).eval()
+    onnx.save(to_onnx(plain, source.preprocessing["size"], source.labels, opset), path)
+
+
+def nodes(graph: Path) -> int | None:
+    """How many nodes a graph has; None where onnx is not installed."""
+    try:
+        import onnx
+    except ImportError:
+        return None
+    return len(onnx.load(graph, load_external_data=False).graph.node)
+
+
+def machine() -> dict[str, Any]:
+    """What the figures were measured on, and how busy it was."""
+    about = Path("/proc/cpuinfo")
+    lines = about.read_text().splitlines() if about.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+    versions = {}
+    for name in ("onnxruntime", "torch", "timm", "numpy"):
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    cpu = names[0] if names else platform.processor() or platform.machine()
+    return {"cpu": cpu, "cores": os.cpu_count(), "load": load, "python": platform.python_version()} | versions
+
+
+def measure(graphs: dict[str, Path], source: "Source | None", args: Any) -> list[dict[str, Any]]:
+    """Every batch size with every number of threads."""
+    found = []
+    for threads in args.threads:
+        for batch in args.batches:
+            calls: dict[str, Call] = {}
+            for name, graph in graphs.items():
+                if name == "preprocess" and batch > 1:
+                    continue  # it takes one image
+                session = opened(graph, threads)
+                calls[name] = _run(session, feeds(session, batch))
+            if source:
+                calls |= torch_calls(source, batch, threads, args.compile)
+            found += rows(interleaved(calls, args.rounds), batch, threads)
+    return found
+
+
+def _run(session: onnxruntime.InferenceSession, given: dict[str, np.ndarray]) -> Call:
+    return lambda: session.run(None, given)
+
+
+def peaks(graphs: dict[str, Path], source: "Source | None", args: Any) -> dict[str, float | None]:
+    """Peak memory of each, at the largest batch size, on the first number of threads."""
+    batch, threads = max(args.batches), args.threads[0]
+    found = {name: memory.peak("onnx", graph, batch, threads) for name, graph in graphs.items()}
+    return found | ({"pytorch": memory.peak("torch", source.path, batch, threads)} if source else {})
+
+
+def show(result: dict[str, Any]) -> None:
+    """The figures as a table."""
+    about = result["machine"]
+    print(", ".join(f"{key} {value}" for key, value in about.items()))
+    print(
+        f"{result['rounds']} rounds; ratios to {result['rows'][0]['name']}, within a round: median (its 95 % interval)"
+    )
+    for row in result["rows"]:
+        low, high = row["ratio"]["interval95"]
+        ratio = f"{row['ratio']['median']:.3f} ({low:.3f} … {high:.3f})"
+        print(
+            f"{row['name']:<18} batch {row['batch']:<3} threads {row['threads']:<3} p50 {row['p50_ms']:8.2f} ms  "
+            f"p95 {row['p95_ms']:8.2f} ms  {row['images_per_second']:8.1f} images/s  {ratio}"
+        )
+    for name, graph in result["graphs"].items():
+        parts = [f"{graph['bytes'] / 1e6:.1f} MB"]
+        parts += [f"{graph['nodes']} nodes"] if graph["nodes"] is not None else []
+        print(f"{name:<18} {', '.join(parts)}")
+    for name, peak in result["peak_memory_mb"].items():
+        print(f"{name:<18} peak {'unknown' if peak is None else f'{peak:.0f} MB'} (PSS, the whole process)")
+
+
+def main(argv: list[str] | None = None) -> dict[str, Any]:
+    """Time everything, print the table, return it."""
+    args = _parser().parse_args(argv)
+    for flag in ("batches", "threads"):
+        if min(getattr(args, flag)) < 1:
+            raise ValueError(f"--{flag} {','.join(map(str, getattr(args, flag)))} must be at least 1")
+    if args.rounds < 1:
+        raise ValueError(f"--rounds {args.rounds} must be at least 1")
+    if args.compile and not args.run:
+        raise ValueError("--compile compiles the run's model; name it with --run")
+    manifest = read_manifest(args.package)
+    check_files(args.package, manifest)
+    graphs = {name: args.package / file for name, file in manifest["graphs"].items()}
+    source = _source(args.run, manifest, args.package) if args.run else None
+    with tempfile.TemporaryDirectory() as folder:
+        if source:
+            write_base(source, manifest["opset"], Path(folder) / "base.onnx")
+            graphs = {"base": Path(folder) / "base.onnx", **graphs}
+        result: dict[str, Any] = {"machine": machine(), "rounds": args.rounds, "rows": measure(graphs, source, args)}
+        result["graphs"] = {n: {"bytes": _bytes(graph), "nodes": nodes(graph)} for n, graph in graphs.items()}
+        result["peak_memory_mb"] = peaks(graphs, source, args) if args.memory else {}
+    show(result)
     if args.json:
         args.json.write_text(json.dumps(result, indent=1))
     return result
+
+
+def _source(run: Path, manifest: dict[str, Any], package: Path) -> "Source":
+    from export.package import Source
+
+    source = Source.open(run)
+    if sha256(source.path) not in [task["source_sha256"] for task in manifest["tasks"].values()]:
+        raise ValueError(f"{package} was not made of {run}; name the run it was exported from")
+    return source
+
+
+def _bytes(graph: Path) -> int:
+    return sum(path.stat().st_size for path in graph.parent.glob(f"{graph.name}*"))
+
+
+def _parser() -> cli.Parser:
+    parser = cli.Parser(prog="python -m export.bench", description=__doc__.splitlines()[0])
+    parser.add_argument("package", type=Path, metavar="DIR", help="what python -m export wrote")
+    parser.add_argument("--run", type=Path, metavar="RUN_DIR", help="the run it was made of; brings base and PyTorch")
+    parser.add_argument(
+        "--batches", type=_numbers, default=[1], metavar="N,…", help="images a call, one or several (default: 1)"
+    )
+    parser.add_argument(
+        "--threads", type=_numbers, default=[os.cpu_count()], metavar="N,…", help="of all (default: all cores)"
+    )
+    parser.add_argument("--rounds", type=int, default=50, metavar="N", help="timed rounds (default: 50)")
+    parser.add_argument("--compile", action="store_true", help="PyTorch's torch.compile too; takes minutes")
+    parser.add_argument(
+        "--no-memory", dest="memory", action="store_false", help="leave out peak memory, which takes a process each"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
+    return parser
+
+
+def _numbers(text: str) -> Sequence[int]:
+    return [int(part) for part in text.split(",")]
 
 
 if __name__ == "__main__":

@@ -112,6 +112,13 @@ def _squashes(found: Any) -> bool:
     return type(size) is int and size > 0 and 0 not in colors[1]
 
 
+Then = Callable[[Path, dict[str, Any]], None]
+
+
+def nothing(folder: Path, manifest: dict[str, Any]) -> None:
+    """Add nothing to a package."""
+
+
 def build(
     source: Source,
     out: Path,
@@ -120,8 +127,12 @@ def build(
     exporter: str | None = None,
     dynamic_size: bool = False,
     tolerance: float = TOLERANCE,
+    then: Then = nothing,
 ) -> dict[str, Any]:
     """Write the package of `source` to `out`, whole or not at all; returns its manifest.
+
+    Args:
+        then: what is still done to the folder and the manifest, before the folder is moved into place.
 
     Raises:
         ValueError: `out` exists, the model does not export (with `dynamic_size`: fixes its size), or the graph and
@@ -143,6 +154,7 @@ def build(
         if dynamic_size:
             manifest["dynamic_size"] = sizes.compare(work / "model.onnx", source.model, size, tolerance)
         write_manifest(work, manifest)
+        then(work, manifest)
     return manifest
 
 

@@ -30,9 +30,11 @@ from export.graph import folded, to_onnx
 from export.names import nodes
 from export.package import (
     Source,
+    Then,
     entry,
     head_of,
     measure,
+    nothing,
     parity,
     write_configs,
     write_graph,
@@ -98,9 +100,17 @@ def named(arguments: Sequence[str]) -> dict[str, Source]:
 
 
 def build(
-    sources: dict[str, Source], out: Path, *, opset: int | None = None, tolerance: float = TOLERANCE
+    sources: dict[str, Source],
+    out: Path,
+    *,
+    opset: int | None = None,
+    tolerance: float = TOLERANCE,
+    then: Then = nothing,
 ) -> dict[str, Any]:
     """Write the split package of `sources`, by task, to `out`, whole or not at all; returns its manifest.
+
+    Args:
+        then: what is still done to the folder and the manifest, before the folder is moved into place.
 
     Raises:
         ValueError: `out` exists; runs on different bases, sizes or preprocessings; a delta without low-rank factors;
@@ -126,6 +136,7 @@ def build(
         measure(manifest, sources, runtime, tolerance)
         manifest["base_parity"] = parity(lambda pixels: _unadapted(runtime, pixels), base, runtime, tolerance)
         write_manifest(work, manifest)
+        then(work, manifest)
     return manifest
 
 

@@ -1,0 +1,115 @@
+"""How right is an exported package? python -m export.accuracy DIR --run RUN_DIR | --data-root PATH | --task NAME
+
+Top-1 with its 95 % interval on the split that the run was judged on, beside what PyTorch had there. The splits come
+from vtab, so this needs its extra; what is judged runs in ONNX Runtime alone.
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from export import cli, splits
+from export.agreement import opened
+from export.runtime import Classifier, read_json, sha256
+
+if TYPE_CHECKING:
+    from vtab.data import Split
+
+BATCH = 16
+
+
+def main(argv: list[str] | None = None) -> dict[str, Any]:
+    """Classify the split, print and return the figures.
+
+    Raises:
+        ValueError: data that does not open or has other classes; a run that the package was not made of.
+    """
+    args = _parser().parse_args(argv)
+    for flag in ("test_limit", "threads"):
+        if (given := getattr(args, flag)) is not None and given < 1:
+            raise ValueError(f"--{flag.replace('_', '-')} {given} must be at least 1")
+    preprocess = args.variant == "preprocess"
+    chosen = {"variant": "float32" if preprocess else args.variant, "threads": args.threads}
+    runtime = Classifier(args.package, args.task if args.task in _tasks(args.package) else None, **chosen)
+    judged = _recorded(args.run, runtime) if args.run else {}
+    run = splits.settings(args.run / "adapter.safetensors") if args.run else {}
+    data = splits.open_data(run, args.task or runtime.task, args.data_root, runtime.labels)
+    split = data.splits[judged.get("split", "test")].head(args.test_limit or judged.get("images"))
+    predicted = np.concatenate([*(_whole if preprocess else _squashed)(args.package, runtime, split)])
+    score = splits.score(int((predicted == split.labels).sum()), len(split))
+    result = {
+        "task": runtime.task,
+        "variant": args.variant,
+        "data": data.source,
+        "split": judged.get("split", "test"),
+        "images": score.total,
+        "accuracy": score.percent,
+        "interval95": score.interval,
+        "pytorch": _pytorch(args.run, judged, predicted) if judged else None,
+    }
+    print(f"{result['task']} ({result['data']}), {result['split']}: {args.variant} in ONNX Runtime {score}")
+    if result["pytorch"]:
+        print("PyTorch {accuracy:.1f} % of {images:,}, {said}".format(**result["pytorch"]))
+    if args.json:
+        args.json.write_text(json.dumps(result, indent=1))
+    return result
+
+
+def _tasks(package: Path) -> list[str]:
+    return list(read_json(package / "manifest.json").get("tasks", {}))
+
+
+def _recorded(run: Path, runtime: Classifier) -> dict[str, Any]:
+    """result.json of the run that the package's task was made of, or nothing where it has none."""
+    adapter = run / "adapter.safetensors"
+    made_of = {task["source_sha256"]: name for name, task in runtime.manifest["tasks"].items()}
+    if not adapter.is_file() or sha256(adapter) not in made_of:
+        raise ValueError(f"{runtime.folder} was not made of {run}; name the run it was exported from")
+    runtime.switch(made_of[sha256(adapter)])
+    return read_json(run / "result.json") if (run / "result.json").is_file() else {}
+
+
+def _squashed(package: Path, runtime: Classifier, split: "Split") -> Iterator[np.ndarray]:
+    for pixels, _ in split.batches(runtime.preprocessor["size"]["height"], BATCH):
+        yield runtime.logits(pixels).argmax(1)
+
+
+def _whole(package: Path, runtime: Classifier, split: "Split") -> Iterator[np.ndarray]:
+    """The preprocess graph takes images as they are, one by one."""
+    session = opened(package, runtime.manifest)
+    for i in range(len(split)):
+        yield session.run(["probabilities"], {"image": np.asarray(splits.upright(split, i))})[0].argmax(1)
+
+
+def _pytorch(run: Path, judged: dict[str, Any], predicted: np.ndarray) -> dict[str, Any]:
+    """What the run recorded of PyTorch, and on how many images the package decides the same."""
+    found = {key: judged[key] for key in ("accuracy", "interval95", "images")}
+    same, said = None, "which predictions.npz does not tell image by image"
+    file = run / "predictions.npz"
+    if file.is_file():
+        with np.load(file, allow_pickle=False) as stored:
+            recorded = stored["predicted"][: len(predicted)]
+        if len(recorded) == len(predicted):
+            same = int((recorded == predicted).sum())
+            said = f"the same class on {same:,} of {len(predicted):,}"
+    return found | {"same_class": same, "said": said}
+
+
+def _parser() -> cli.Parser:
+    parser = cli.Parser(prog="python -m export.accuracy", description=__doc__.splitlines()[0])
+    parser.add_argument("package", type=Path, metavar="DIR", help="what python -m export wrote")
+    parser.add_argument("--run", type=Path, metavar="RUN_DIR", help="its run: brings the data and PyTorch's figures")
+    parser.add_argument("--data-root", type=Path, metavar="PATH", help="the task's images, as for vtab.train")
+    parser.add_argument("--task", metavar="NAME", help="which task (default: the package's first)")
+    parser.add_argument("--variant", default="float32", metavar="NAME", help="which graph (default: float32)")
+    parser.add_argument("--test-limit", type=int, metavar="N", help="the first N images (default: the run's)")
+    parser.add_argument("--threads", type=int, metavar="N", help="of ONNX Runtime (default: its choice)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
+    return parser
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,193 @@
+"""The other graphs of a package, each made of its model.onnx: smaller ones, and one that takes images as they are.
+
+What a smaller graph costs is measured, not promised: its accuracy beside float32's on the run's own validation images
+is written into the manifest. The test split is never touched.
+"""
+
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import onnx
+
+from export import splits
+from export.half import half
+from export.package import Source, write_manifest
+from export.preprocess import with_preprocessing
+from export.quantize import dynamic, static
+from export.runtime import Classifier, random_pixels, read_json
+from export.store import save
+from export.wanted import Wanted
+
+if TYPE_CHECKING:
+    from vtab.data import Data
+
+FILES = {
+    "int8": "model_int8.onnx",
+    "int8-static": "model_int8_static.onnx",
+    "float16": "model_float16.onnx",
+    "preprocess": "model_preprocess.onnx",
+}
+KINDS = {  # of those that compute with other numbers
+    "int8": "dynamic: MatMul and Gemm, int8 weights per channel, uint8 activations",
+    "int8-static": "static QDQ: MatMul, Gemm and Conv, int8 weights per channel, uint8 activations",
+    "float16": "float16 weights and arithmetic, float32 inputs and outputs",
+}
+BATCH = 16
+RANDOM = {"seed": 20240702, "images": 64}  # pixels to compare on where there are no images
+
+
+def add_variants(sources: dict[str, Source], folder: Path, manifest: dict[str, Any], wanted: Wanted) -> None:
+    """Make variants in a package's folder, compare each with model.onnx, and note files and figures in the manifest.
+
+    Args:
+        sources: by task what the package was made of; beside each lies its run's config.json, if it has one.
+        folder: the package, whole but for its variants.
+        manifest: as it stands in the folder; changed here, and written with the new files' checksums.
+        wanted: which variants.
+
+    Raises:
+        ValueError: a variant that this model has no use for, or that needs images which are not there; one whose output
+            is not finite; images of other classes.
+    """
+    if not wanted.names:
+        return
+    if "int8-static" in wanted.names and manifest["form"] == "split":
+        raise ValueError(
+            "--quantize int8-static has one set of scales, and each task its own activations; take --quantize int8, or "
+            "export the runs one by one"
+        )
+    data = {task: _data(task, source, wanted) for task, source in sources.items()}
+    proto = onnx.load(folder / manifest["graphs"]["float32"])
+    for name in wanted.names:
+        _save(_made(name, proto, folder, next(iter(data.values())), wanted), folder / FILES[name], proto)
+        manifest["graphs"][name] = FILES[name]
+    write_manifest(folder, manifest)
+    for name in wanted.names:
+        if name in KINDS:
+            manifest["quantization"][name] = _measured(name, folder, sources, data, wanted)
+    write_manifest(folder, manifest)
+
+
+def _data(task: str, source: Source, wanted: Wanted) -> "Data | None":
+    """The run's images; None, with the reason on stderr, where they do not open and nothing depends on them."""
+    run, given = splits.settings(source.path), wanted.data_root is not None
+    needed = given or "int8-static" in wanted.names
+    if not set(wanted.names) & KINDS.keys() or not (run or needed):
+        return None
+    try:
+        return splits.open_data(run, task, wanted.data_root, list(source.labels.values()))
+    except (ValueError, OSError) as error:
+        if given:
+            raise
+        if needed:
+            raise ValueError(
+                f"--quantize int8-static measures its scales on the run's training images; name their --data-root "
+                f"({error})"
+            ) from error
+        print(f"note: the run's images do not open ({error}); --data-root names another place", file=sys.stderr)
+        return None
+
+
+def _made(name: str, proto: onnx.ModelProto, folder: Path, data: "Data | None", wanted: Wanted) -> onnx.ModelProto:
+    if name == "int8":
+        return dynamic(proto)
+    if name == "float16":
+        return half(proto)
+    if name == "preprocess":
+        return with_preprocessing(proto, read_json(folder / "preprocessor_config.json"))
+    assert data is not None
+    return static(proto, calibration(Classifier(folder), data, wanted))
+
+
+def calibration(runtime: Classifier, data: "Data", wanted: Wanted) -> np.ndarray:
+    """Training images, drawn by the seed, as the graph takes them."""
+    split = data.splits["train"]
+    drawn = np.random.default_rng(wanted.calibration_seed).permutation(len(split))[: wanted.calibration_images]
+    return runtime.normalize(split.decode(runtime.preprocessor["size"]["height"])[np.sort(drawn)])
+
+
+def _save(proto: onnx.ModelProto, path: Path, like: onnx.ModelProto) -> None:
+    """Write a graph as clean as the one it was made of, and check it in full."""
+    graph = proto.graph
+    del graph.value_info[:]
+    for part in (proto, graph, *graph.node, *graph.input, *graph.output, *graph.initializer):
+        del part.metadata_props[:]
+    proto.metadata_props.extend(like.metadata_props)
+    save(proto, path)
+
+
+def _measured(
+    name: str, folder: Path, sources: dict[str, Source], data: "dict[str, Data | None]", wanted: Wanted
+) -> dict[str, Any]:
+    """What the manifest says of a variant that computes with other numbers."""
+    size = sum(path.stat().st_size for path in folder.glob(f"{FILES[name]}*"))
+    about: dict[str, Any] = {"kind": KINDS[name], "bytes": size}
+    if name == "int8-static":
+        drawn = {"images": wanted.calibration_images, "seed": wanted.calibration_seed}
+        about["calibration"] = {"split": "train", **drawn}
+    float32, variant = Classifier(folder), Classifier(folder, variant=name)
+    found = {task: compared(float32, variant, images, task) for task, images in data.items()}
+    for task, figures in found.items():
+        if "validation" in figures:  # a final run trains on these images too
+            figures["validation"]["seen_in_training"] = splits.settings(sources[task].path).get("stage") == "final"
+        print(said(name, size / sum(p.stat().st_size for p in folder.glob("model.onnx*")), size, task, figures))
+    return about | (next(iter(found.values())) if len(found) == 1 else {"tasks": found})
+
+
+def compared(float32: Classifier, variant: Classifier, data: "Data | None", task: str) -> dict[str, Any]:
+    """Top-1 of both on the validation images; without images, how often both agree on random pixels.
+
+    Raises:
+        ValueError: logits that are not finite.
+    """
+    size = float32.preprocessor["size"]["height"]
+    if data is None:
+        pixels = random_pixels(RANDOM["seed"], RANDOM["images"], size)
+        first, second = (top1(runtime, _pieces(pixels), task) for runtime in (float32, variant))
+        return {"agreement_on_random_pixels": {**RANDOM, "top1": _percent(first == second)}}
+    split = data.splits["val"]
+    batches = [(pixels for pixels, _ in split.batches(size, BATCH)) for _ in range(2)]
+    first, second = (top1(*each, task) for each in zip((float32, variant), batches, strict=True))
+    right = {"float32": _percent(first == split.labels), "quantized": _percent(second == split.labels)}
+    return {"validation": {"images": len(split), **right, "agreement": _percent(first == second)}}
+
+
+def _pieces(pixels: np.ndarray) -> Iterator[np.ndarray]:
+    return (pixels[start : start + BATCH] for start in range(0, len(pixels), BATCH))
+
+
+def _percent(hits: np.ndarray) -> float:
+    return 100 * float(hits.mean())
+
+
+def top1(runtime: Classifier, batches: Iterable[np.ndarray], task: str) -> np.ndarray:
+    """The most probable class of every image.
+
+    Raises:
+        ValueError: logits that are not finite.
+    """
+    found = []
+    for pixels in batches:
+        logits = runtime.logits(pixels, task)
+        if not np.isfinite(logits).all():
+            raise ValueError(f"the {runtime.variant} graph gives logits that are not finite; leave that variant out")
+        found.append(logits.argmax(1))
+    return np.concatenate(found)
+
+
+def said(name: str, share: float, size: int, task: str, figures: dict[str, Any]) -> str:
+    """One line on what a variant saves and costs.
+
+    >>> said("int8", 0.3, 6_500_000, "pets", {"validation": {"images": 200, "float32": 91.0, "quantized": 90.5}})
+    'int8: 6.5 MB, 0.30 of float32; pets: 91.0 % -> 90.5 % of 200 validation images'
+    """
+    if "validation" in figures:
+        found = figures["validation"]
+        cost = f"{found['float32']:.1f} % -> {found['quantized']:.1f} % of {found['images']} validation images"
+    else:
+        found = figures["agreement_on_random_pixels"]
+        cost = f"float32's top-1 on {found['top1']:.1f} % of {found['images']} images of random pixels"
+    return f"{name}: {size / 1e6:.1f} MB, {share:.2f} of float32; {task}: {cost}"
