@@ -1,7 +1,8 @@
 """Graphs of 8-bit integers, by ONNX Runtime's own quantizer.
 
 int8          weights of MatMul and Gemm as int8, a scale for each output channel; an activation's scale is taken from
-              the values that come by (MatMulInteger). No data needed; convolutions stay as they are.
+              the values that come by (MatMulInteger), over the whole batch: an image's logits depend a little on the
+              images beside it. No data needed; convolutions stay as they are.
 int8-static   convolutions too; activations have fixed scales, measured on training images (QuantizeLinear and
               DequantizeLinear around each operator, which the runtime fuses).
 

@@ -227,13 +227,22 @@ class Classifier:
         Raises:
             ValueError: an unknown task; pixels of another dtype, layout or size.
         """
-        adapter = self._adapters[self._task if task is None else self._known(task)]
-        options = None
-        if adapter is not None:
-            options = onnxruntime.RunOptions()
-            options.add_active_adapter(adapter)
-        logits: np.ndarray = self.session.run(["logits"], {"pixel_values": self.normalize(pixels)}, options)[0]
+        given, options = {"pixel_values": self.normalize(pixels)}, self.run_options(task)
+        logits: np.ndarray = self.session.run(["logits"], given, options)[0]
         return logits
+
+    def run_options(self, task: str | None = None) -> onnxruntime.RunOptions | None:
+        """What a run of the session has to be given for `task`, or else the current one: its adapter, if it has one.
+
+        Raises:
+            ValueError: an unknown task.
+        """
+        adapter = self._adapters[self._task if task is None else self._known(task)]
+        if adapter is None:
+            return None
+        options = onnxruntime.RunOptions()
+        options.add_active_adapter(adapter)
+        return options
 
     def predict(
         self, images: Sequence[str | Path | Image.Image], top: int = 5, task: str | None = None
