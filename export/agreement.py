@@ -110,7 +110,8 @@ def _scaled(task: str) -> Draw:
 
 
 def _shape(rng: np.random.Generator) -> tuple[int, int]:
-    width, height = np.exp(rng.uniform(*np.log(SIDES), size=2)).astype(int)
+    low, high = np.log(SIDES)
+    width, height = np.exp(rng.uniform(low, high, size=2))
     return int(width), int(height)
 
 

@@ -28,6 +28,6 @@ def half(proto: onnx.ModelProto) -> onnx.ModelProto:
             largest = np.abs(onnx.numpy_helper.to_array(tensor)).max(initial=0)
             if largest > LARGEST:
                 raise ValueError(f"--half: {tensor.name} holds {largest:.3g}, and float16 ends at {LARGEST:.0f}")
-    converted = convert_float_to_float16(copy.deepcopy(proto), keep_io_types=True)
+    converted: onnx.ModelProto = convert_float_to_float16(copy.deepcopy(proto), keep_io_types=True)
     OnnxModel.graph_topological_sort(converted.graph)  # the converter appends its casts at the end
     return converted
