@@ -18,8 +18,6 @@ from export.runtime import Classifier, read_json, sha256
 if TYPE_CHECKING:
     from vtab.data import Split
 
-BATCH = 16
-
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Classify the split, print and return the figures.
@@ -73,7 +71,7 @@ def _recorded(run: Path, runtime: Classifier) -> dict[str, Any]:
 
 
 def _squashed(package: Path, runtime: Classifier, split: "Split") -> Iterator[np.ndarray]:
-    for pixels, _ in split.batches(runtime.preprocessor["size"]["height"], BATCH):
+    for pixels, _ in split.batches(runtime.preprocessor["size"]["height"], splits.BATCH):
         yield runtime.logits(pixels).argmax(1)
 
 
@@ -81,7 +79,8 @@ def _whole(package: Path, runtime: Classifier, split: "Split") -> Iterator[np.nd
     """The preprocess graph takes images as they are, one by one."""
     session = opened(package, runtime.manifest)
     for i in range(len(split)):
-        yield session.run(["probabilities"], {"image": np.asarray(splits.upright(split, i))})[0].argmax(1)
+        image = np.asarray(splits.upright(split, i))
+        yield session.run(["probabilities"], {"image": image}, runtime.run_options())[0].argmax(1)
 
 
 def _pytorch(run: Path, judged: dict[str, Any], predicted: np.ndarray) -> dict[str, Any]:

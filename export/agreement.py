@@ -69,7 +69,8 @@ def both(
     """Probabilities (classes) by Pillow and model.onnx, and by the preprocess graph."""
     logits = runtime.logits(runtime.preprocess(image)[None])[0].astype(np.float64)
     exponent = np.exp(logits - logits.max())
-    inside = session.run(["probabilities"], {"image": np.asarray(image.convert("RGB"))})[0][0]
+    given = {"image": np.asarray(image.convert("RGB"))}
+    inside = session.run(["probabilities"], given, runtime.run_options())[0][0]
     return exponent / exponent.sum(), inside
 
 
@@ -109,7 +110,8 @@ def _scaled(task: str) -> Draw:
 
 
 def _shape(rng: np.random.Generator) -> tuple[int, int]:
-    width, height = np.exp(rng.uniform(*np.log(SIDES), size=2)).astype(int)
+    low, high = np.log(SIDES)
+    width, height = np.exp(rng.uniform(low, high, size=2))
     return int(width), int(height)
 
 

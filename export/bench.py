@@ -99,7 +99,7 @@ def torch_calls(source: "Source", batch: int, threads: int, compiled: bool) -> d
     torch.set_num_threads(threads)
     model, size = folded(source.model), source.preprocessing["size"]
     pixels = torch.from_numpy(np.random.default_rng(0).standard_normal((batch, 3, size, size), np.float32))
-    models = {"pytorch": model}
+    models: dict[str, Any] = {"pytorch": model}
     if compiled:
         torch.compiler.reset()  # or the second batch size would be compiled as a symbol
         models["pytorch, compiled"] = torch.compile(copy.deepcopy(model), dynamic=False)

@@ -16,7 +16,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-CUBIC = {
+CUBIC: dict[str, Any] = {
     "mode": "cubic",
     "cubic_coeff_a": -0.5,
     "antialias": 1,
@@ -60,8 +60,8 @@ def _before(preprocessor: dict[str, Any]) -> tuple[list[onnx.NodeProto], list[on
     """Nodes from image to pixel_values, and the constants that they read."""
     height, width = preprocessor["size"]["height"], preprocessor["size"]["width"]
     mean, std = (np.array(preprocessor[key], np.float32).reshape(1, 3, 1, 1) for key in ("image_mean", "image_std"))
-    constants = {
-        "first": np.array([0], np.int64),
+    constants: dict[str, np.ndarray] = {
+        "zero": np.array([0], np.int64),
         "height": np.array([height], np.int64),
         "width": np.array([width], np.int64),
         "size": np.array([height, width], np.int64),
@@ -82,8 +82,8 @@ def _before(preprocessor: dict[str, Any]) -> tuple[list[onnx.NodeProto], list[on
     tall = add("Shape", "image", start=0, end=1)
     wide = add("Shape", "image", start=1, end=2)
     shrinks = add("Sub", tall, "height")
-    most = add("Max", add("Mul", add("Sub", wide, "width"), "two"), "first")
-    x = add("Unsqueeze", add("Transpose", "image", perm=[2, 0, 1]), "first")
+    most = add("Max", add("Mul", add("Sub", wide, "width"), "two"), "zero")
+    x = add("Unsqueeze", add("Transpose", "image", perm=[2, 0, 1]), "zero")
     x = add("Resize", x, "", "", add("Where", add("Greater", shrinks, most), "height", tall), axes=[2], **CUBIC)
     x = add("Cast", add("Resize", x, "", "", "size", axes=[2, 3], **CUBIC), to=TensorProto.FLOAT)
     add("Div", add("Sub", add("Div", x, "white"), "mean"), "std", output="pixel_values")

@@ -1,7 +1,8 @@
 """Graphs of 8-bit integers, by ONNX Runtime's own quantizer.
 
 int8          weights of MatMul and Gemm as int8, a scale for each output channel; an activation's scale is taken from
-              the values that come by (MatMulInteger). No data needed; convolutions stay as they are.
+              the values that come by (MatMulInteger), over the whole batch: an image's logits depend a little on the
+              images beside it. No data needed; convolutions stay as they are.
 int8-static   convolutions too; activations have fixed scales, measured on training images (QuantizeLinear and
               DequantizeLinear around each operator, which the runtime fuses).
 
@@ -77,10 +78,11 @@ def dense_share(proto: onnx.ModelProto) -> float:
     """Which share of all weights MatMul and Gemm multiply with."""
     sizes = {i.name: math.prod(i.dims) for i in proto.graph.initializer}
     dense = {name for node in proto.graph.node if node.op_type in DENSE for name in node.input}
-    return sum(size for name, size in sizes.items() if name in dense) / max(sum(sizes.values()), 1)
+    found = sum(size for name, size in sizes.items() if name in dense)
+    return float(found / max(sum(sizes.values()), 1))
 
 
-class _Images(CalibrationDataReader):
+class _Images(CalibrationDataReader):  # type: ignore[misc]  # onnxruntime is not typed
     def __init__(self, images: np.ndarray) -> None:
         starts = range(0, len(images), BATCH)
         self.batches: Iterator[np.ndarray] = (images[start : start + BATCH] for start in starts)

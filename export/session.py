@@ -66,6 +66,7 @@ def session(
 def _open(graph: Path, size: int, threads: int | None, wanted: list[str]) -> onnxruntime.InferenceSession:
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3  # it warns of every slot
+    options.add_session_config_entry("session.x64quantprecision", "1")  # int8 sums overflow on x86 without VNNI
     if threads:
         options.intra_op_num_threads = threads
     try:

@@ -187,9 +187,10 @@ def _slots(sources: dict[str, Source]) -> dict[str, dict[str, Slot]]:
                 continue
             slot = opened(delta)
             if slot is None:
+                method = next(plan.method.name for plan in injections(source.model) if host in plan.hosts)
                 raise ValueError(
-                    f"{task}: {host} carries a {type(delta).__name__}, which is no product of thin matrices, so no "
-                    f"slot holds it; {MERGED}, or as a delta, python -m export --delta RUN --base PACKAGE --out FILE"
+                    f"{task}: {host} carries {method}, which is no product of thin matrices, so no slot holds it; "
+                    f"{MERGED}, or as a delta, python -m export --delta RUN --base PACKAGE --out FILE"
                 )
             other, like = first.setdefault(host, (task, slot))
             if (type(like), like.settings) != (type(slot), slot.settings):

@@ -12,6 +12,10 @@ if TYPE_CHECKING:
     from vtab.data import Data, Split
     from vtab.evaluate import Accuracy
 
+# Images a call where accuracy is measured: dynamic int8 takes its scales from a whole batch, so that an image's logits
+# would depend on its neighbours.
+BATCH = 1
+
 
 def settings(adapter: Path) -> dict[str, Any]:
     """config.json of the run folder that an adapter file lies in; empty for a bare file."""

@@ -35,7 +35,6 @@ KINDS = {  # of those that compute with other numbers
     "int8-static": "static QDQ: MatMul, Gemm and Conv, int8 weights per channel, uint8 activations",
     "float16": "float16 weights and arithmetic, float32 inputs and outputs",
 }
-BATCH = 16
 RANDOM = {"seed": 20240702, "images": 64}  # pixels to compare on where there are no images
 
 
@@ -149,14 +148,14 @@ def compared(float32: Classifier, variant: Classifier, data: "Data | None", task
         first, second = (top1(runtime, _pieces(pixels), task) for runtime in (float32, variant))
         return {"agreement_on_random_pixels": {**RANDOM, "top1": _percent(first == second)}}
     split = data.splits["val"]
-    batches = [(pixels for pixels, _ in split.batches(size, BATCH)) for _ in range(2)]
+    batches = [(pixels for pixels, _ in split.batches(size, splits.BATCH)) for _ in range(2)]
     first, second = (top1(*each, task) for each in zip((float32, variant), batches, strict=True))
     right = {"float32": _percent(first == split.labels), "quantized": _percent(second == split.labels)}
     return {"validation": {"images": len(split), **right, "agreement": _percent(first == second)}}
 
 
 def _pieces(pixels: np.ndarray) -> Iterator[np.ndarray]:
-    return (pixels[start : start + BATCH] for start in range(0, len(pixels), BATCH))
+    return (pixels[start : start + splits.BATCH] for start in range(0, len(pixels), splits.BATCH))
 
 
 def _percent(hits: np.ndarray) -> float:

@@ -72,5 +72,5 @@ def test_the_demos_way_from_training_to_onnx(tmp_path):
     assert file.stat().st_size < 4 * (147_456 + 16 * 385) + 64 * 1024
     assert cv.describe(file)["base"]["weights"] == backbones.DEMO_FILE
     manifest = build(Source.open(tmp_path / "a"), tmp_path / "package")
-    assert max(manifest["parity"]["relative_error"].values()) < 1e-5
+    assert max(manifest["tasks"]["dsprites_loc"]["parity"]["relative_error"].values()) < 1e-5
     assert verify.main([str(tmp_path / "package")]) < 1e-5

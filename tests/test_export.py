@@ -11,7 +11,7 @@ from PIL import Image
 
 import capavision as cv
 from export import __main__ as export_command
-from export import bench, cli, predict, verify
+from export import cli, predict, verify
 from export.graph import folded, to_onnx
 from export.package import Source, build
 from export.runtime import Classifier, random_pixels, relative_error, sha256
@@ -315,26 +315,6 @@ def test_a_graph_that_onnxruntime_refuses_is_one_line(copied, capsys):
     (copied / "model.onnx").write_bytes(content[: len(content) // 2])
     make_the_checksum_fit(copied)
     assert "model.onnx does not load" in refused(capsys, predict.main, copied, "x.png")
-
-
-def test_bench_times_both(merged, tmp_path, capsys):
-    argv = [
-        str(merged[1]),
-        "--run",
-        str(merged[0]),
-        "--rounds",
-        "3",
-        "--threads",
-        "1",
-        "--json",
-        str(tmp_path / "t.json"),
-    ]
-    threads = torch.get_num_threads()
-    result = bench.main(argv)
-    torch.set_num_threads(threads)
-    assert result == json.loads((tmp_path / "t.json").read_text())
-    assert set(result["milliseconds"]) == {"onnxruntime", "pytorch"}
-    assert "ratio" in capsys.readouterr().out
 
 
 def test_a_full_disk_leaves_no_half_written_package(merged, tmp_path):

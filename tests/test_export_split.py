@@ -165,8 +165,7 @@ def test_a_split_package_verifies_and_holds_no_path_of_this_machine(package, cap
 KINDS = {
     "weights read by their parent": ("beit_base_patch16_224", LORA, cv.LoRA(rank=1), {"targets": "qkv"}),
     "convs and batch norms": ("test_resnet", LORA, cv.LoRA(rank=2), {"freeze_norm": False}),
-    "biases and prefixes": ("test_vit", cv.BitFit(), cv.Prefix(length=3, branches=2), {}),
-    "a delta on the head": ("test_vit", cv.LinearProbe(), cv.LoRA(rank=2), {"targets": ["head", "blocks.0.attn.qkv"]}),
+    "biases, prefixes, a delta on the head": ("test_vit", cv.BitFit(), cv.Prefix(length=3, branches=2), {}),
 }
 
 
@@ -177,6 +176,9 @@ def test_other_kinds_of_runs_share_a_graph(kind, tmp_path):
         "first": run_file(tmp_path, "first", method, name),
         "second": run_file(tmp_path, "second", other, name, seed=1, **kwargs),
     }
+    if "head" in kind:
+        targets = ["head", "blocks.0.attn.qkv"]
+        files["third"] = run_file(tmp_path, "third", cv.LoRA(rank=2), name, seed=2, targets=targets)
     split.build({task: Source.open(file) for task, file in files.items()}, tmp_path / "package")
     runtime, pixels = Classifier(tmp_path / "package"), random_pixels(3, 3, 32)
     for task, file in files.items():
@@ -388,8 +390,17 @@ def test_a_damaged_manifest_is_one_line(copied, capsys):
     def bare(manifest):
         del manifest["tasks"]["first"]["probe"]
 
+    def shapeless(manifest):
+        manifest["tasks"]["first"] = "first"
+
+    def formless(manifest):
+        del manifest["form"]
+
+    def baseless(manifest):
+        del manifest["base_sha256"]
+
     whole = (copied / "manifest.json").read_text()
-    for change in (outside, lacks, bare):
+    for change in (outside, lacks, bare, shapeless, formless, baseless):
         spoil(copied, change)
         assert "manifest.json is damaged; export again" in refused(capsys, verify.main, copied)
         (copied / "manifest.json").write_text(whole)
@@ -446,10 +457,11 @@ def test_tasks_are_told_apart_by_names_that_files_can_have(files, tmp_path, caps
     assert list(split.named([str(first), f"again={first}"])) == ["first", "again"]
 
 
-def test_a_failed_gate_names_the_task_and_writes_nothing(files, tmp_path, capsys):
-    argv = ["--split", files["first"], "--out", tmp_path / "package", "--tolerance", "1e-12"]
+def test_a_failed_gate_names_the_task_and_writes_nothing(tmp_path, capsys):
+    probe = run_file(tmp_path, "first", cv.LinearProbe())
+    argv = ["--split", probe, "--out", tmp_path / "package", "--tolerance", "1e-12"]
     assert "first: at batch 1 ONNX Runtime and PyTorch differ by" in refused(capsys, export_command.main, *argv)
-    assert list(tmp_path.iterdir()) == []
+    assert list(tmp_path.iterdir()) == [probe]
 
 
 def test_flags_that_do_not_go_together_are_refused(files, package, tmp_path, capsys):
@@ -516,10 +528,15 @@ def test_what_is_stored_gives_every_bit_back(shape, rank):
     assert found.tobytes() == merged.tobytes()
 
 
-def test_applying_a_delta_never_imports_torch(bases, files, tmp_path):
-    file = tmp_path / "it.delta"
+@pytest.fixture(scope="module")
+def delta_file(files, bases, tmp_path_factory):
+    file = tmp_path_factory.mktemp("delta") / "it.delta"
     export_command.main(["--delta", str(files["first"]), "--base", str(bases / "test_vit"), "--out", str(file)])
-    argv = ["apply", str(file), "--base", str(bases / "test_vit"), "--out", str(tmp_path / "applied")]
+    return file
+
+
+def test_applying_a_delta_never_imports_torch(bases, delta_file, tmp_path):
+    argv = ["apply", str(delta_file), "--base", str(bases / "test_vit"), "--out", str(tmp_path / "applied")]
     code = (
         f"import sys; from export import delta; delta.main({argv!r}); "
         "heavy = {'torch', 'timm', 'capavision', 'vtab'} & set(sys.modules); sys.exit(f'{heavy}' if heavy else 0)"
@@ -527,15 +544,13 @@ def test_applying_a_delta_never_imports_torch(bases, files, tmp_path):
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
 
 
-def test_a_delta_is_refused_by_name_where_it_does_not_fit(bases, files, package, tmp_path, capsys):
-    run, file = files["first"], tmp_path / "it.delta"
-    make = ["--delta", run, "--out", file]
+def test_a_delta_is_refused_by_name_where_it_does_not_fit(bases, files, delta_file, package, tmp_path, capsys):
+    run, file = files["first"], delta_file
+    make = ["--delta", run, "--out", tmp_path / "new"]
     assert "is a split package" in refused(capsys, export_command.main, *make, "--base", package)
     assert "name a package of the same base" in refused(
         capsys, export_command.main, *make, "--base", bases / "test_resnet"
     )
-    export_command.main([str(each) for each in (*make, "--base", bases / "test_vit")])
-    capsys.readouterr()
 
     def apply(base=bases / "test_vit", out=tmp_path / "out", file=file):
         return refused(capsys, delta.main, "apply", file, "--base", base, "--out", out)
