@@ -74,7 +74,7 @@ def application(packages: Sequence[Path], replicas: int, threads: int, batch: in
 
     @serve.deployment(
         num_replicas=replicas,
-        max_ongoing_requests=4 * batch,
+        max_ongoing_requests=queue,  # they wait in the replica: Ray's router asks a full one again only now and then
         max_queued_requests=queue,
         max_constructor_retry_count=1,
         ray_actor_options={"num_cpus": threads},
@@ -139,7 +139,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--replicas", type=int, default=1, metavar="N", help="copies of the model (default: 1)")
     parser.add_argument("--threads", type=int, metavar="N", help="of each (default: this machine's cores, shared out)")
     parser.add_argument("--batch", type=int, default=16, metavar="N", help="most images a run (default: 16)")
-    parser.add_argument("--queue", type=int, default=512, metavar="N", help="most that wait; then 503 (default: 512)")
+    parser.add_argument(
+        "--queue",
+        type=int,
+        default=256,
+        metavar="N",
+        help="requests that a replica holds, and as many before it; then 503 (default: 256)",
+    )
     args = parser.parse_args(argv)
     if args.threads is None:
         args.threads = max(1, (os.cpu_count() or 1) // max(1, args.replicas))

@@ -1,6 +1,7 @@
 """Images as people send them; the server, its logic without Ray and itself with; the Triton repository."""
 
 import asyncio
+import contextlib
 import io
 import json
 import os
@@ -434,15 +435,15 @@ def free_port():
 # The server itself, where Ray Serve is installed
 
 
-@pytest.fixture(scope="module")
-def server(packages, tmp_path_factory):
-    """(port, process, its output) of a server of both packages, with small bounds."""
+@contextlib.contextmanager
+def serving(packages, output, queue):
+    """(port, process, its output) of a server that holds `queue` requests in its replica, and as many before it."""
     pytest.importorskip("ray.serve", reason="Ray Serve is not installed: pip install 'capavision[serve]'")
-    port, output = free_port(), tmp_path_factory.mktemp("server") / "output"
+    port = free_port()
     command = [sys.executable, "-m", "export.serve", *map(str, packages), "--port", str(port), "--threads", "1"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     with output.open("wb") as file:
-        process = subprocess.Popen([*command, "--batch", "4"], stdout=file, stderr=file, env=environment)
+        process = subprocess.Popen([*command, "--queue", str(queue)], stdout=file, stderr=file, env=environment)
         try:
             until(lambda: process.poll() is not None or (get(port, "/healthz") or [0])[0] == 200)
             assert process.poll() is None, output.read_text()
@@ -450,6 +451,12 @@ def server(packages, tmp_path_factory):
         finally:
             process.terminate()
             process.wait(60)
+
+
+@pytest.fixture(scope="module")
+def server(packages, tmp_path_factory):
+    with serving(packages, tmp_path_factory.mktemp("server") / "output", 110) as started:
+        yield started
 
 
 def until(find, seconds=120):
@@ -509,10 +516,10 @@ def test_the_server_refuses_with_the_right_status_and_lives(server):
 
 
 def test_slow_clients_take_no_ones_place(server):
-    """With 4 images a run, 16 requests may be under way; 40 clients that never end their request leave them free."""
+    """The server holds 220 requests; 250 that never end leave them free."""
     port = server[0]
     head = b"POST /predict?task=toy HTTP/1.1\r\nHost: a\r\nContent-Length: 1000\r\n\r\nx"
-    slow = [socket.create_connection(("127.0.0.1", port)) for _ in range(40)]
+    slow = [socket.create_connection(("127.0.0.1", port)) for _ in range(250)]
     try:
         for each in slow:
             each.sendall(head)
@@ -535,19 +542,25 @@ def test_two_hundred_at_once_are_all_answered(server):
         assert {each and each[0] for each in found} == {200}
 
 
-def test_after_sigterm_what_has_begun_is_answered(server):
-    port, process, output = server
-    body = content(Image.new("RGB", (8000, 8000)))  # which takes a while to decode
-    head = f"POST /predict?task=toy HTTP/1.1\r\nHost: a\r\nContent-Length: {len(body)}\r\n\r\n"
-    begun = [socket.create_connection(("127.0.0.1", port), timeout=60) for _ in range(12)]
-    for each in begun:
-        each.sendall(head.encode() + body)
-    time.sleep(0.5)
-    assert not all(select.select([each], [], [], 0)[0] for each in begun), "all were done, so this would prove nothing"
-    process.terminate()
-    assert {each.recv(12) for each in begun} == {b"HTTP/1.1 200"}
-    assert process.wait(60) == 0
-    assert output.read_text().splitlines()[1:] == ["answering what has begun, then stopping"]
+def begin(port, body):
+    """A connection whose request is sent and not yet answered."""
+    opened = socket.create_connection(("127.0.0.1", port), timeout=60)
+    opened.sendall(f"POST /predict?task=toy HTTP/1.1\r\nHost: a\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body)
+    return opened
+
+
+def test_a_full_server_sends_away_and_after_sigterm_answers_what_has_begun(packages, tmp_path):
+    body = content(Image.new("RGB", (6000, 6000)))  # which takes a while to decode
+    with serving(packages, tmp_path / "output", 4) as (port, process, output):
+        statuses = [each.recv(12) for each in [begin(port, body) for _ in range(40)]]
+        assert set(statuses) == {b"HTTP/1.1 200", b"HTTP/1.1 503"}
+        begun = [begin(port, body) for _ in range(4)]
+        time.sleep(0.5)
+        assert not all(select.select([each], [], [], 0)[0] for each in begun), "this would prove nothing"
+        process.terminate()
+        assert {each.recv(12) for each in begun} == {b"HTTP/1.1 200"}
+        assert process.wait(60) == 0
+        assert output.read_text().splitlines()[1:] == ["answering what has begun, then stopping"]
 
 
 # Triton
