@@ -29,8 +29,8 @@ from vtab import cli
 from vtab.config import Config
 from vtab.data import Data, open_task
 from vtab.evaluate import Accuracy, Preprocessing, accuracy, predict
+from vtab.loop import Loop
 from vtab.textfile import write
-from vtab.train import fit
 
 WIDTH, DEPTH, HEADS, PATCH, SIDE = 96, 6, 3, 16, 64
 PREPROCESSING = Preprocessing(SIDE, mean=(0.5,) * 3, std=(0.5,) * 3)
@@ -148,7 +148,7 @@ def train(arm: str, data: Data, seed: int, settings: Settings, lr: float, **opti
     )
     images, labels = torch.from_numpy(seen.decode(SIDE)), torch.from_numpy(seen.labels)
     with tempfile.TemporaryDirectory() as folder:
-        history = fit(model, images, labels, PREPROCESSING.normalize, config, Path(folder))
+        history = Loop(model, images, labels, PREPROCESSING.normalize, config).fit(Path(folder))
     score = accuracy(predict(model, judged, PREPROCESSING), judged.labels)
     return Run(sum(p.numel() for p in model.parameters()), score, sum(row["seconds"] for row in history))
 
