@@ -213,7 +213,7 @@ def apply(file: Path, base: Path, out: Path) -> dict[str, Any]:
 
 
 def _assembled(same: dict[str, str], stored: dict[str, np.ndarray], own: dict[str, Any]) -> onnx.ModelProto:
-    graph = onnx.ModelProto.FromString(zlib.decompress(stored[GRAPH].tobytes()))
+    graph: onnx.ModelProto = onnx.ModelProto.FromString(zlib.decompress(stored[GRAPH].tobytes()))
     parts: dict[str, dict[str, np.ndarray]] = {}
     for key, array in stored.items():
         name, _, part = key.rpartition("/")

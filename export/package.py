@@ -211,7 +211,10 @@ def measure(manifest: dict[str, Any], sources: dict[str, Source], runtime: Class
     """
     for name, source in sources.items():
         task = manifest["tasks"][name]
-        task["parity"] = parity(functools.partial(runtime.logits, task=name), source.model, runtime, tolerance)
+        try:
+            task["parity"] = parity(functools.partial(runtime.logits, task=name), source.model, runtime, tolerance)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
         task["probe"] = probe(runtime, source.model)
 
 

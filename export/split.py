@@ -176,9 +176,10 @@ def _slots(sources: dict[str, Source]) -> dict[str, dict[str, Slot]]:
                 continue
             slot = opened(delta)
             if slot is None:
+                method = next(plan.method.name for plan in injections(source.model) if host in plan.hosts)
                 raise ValueError(
-                    f"{task}: {host} carries a {type(delta).__name__}, which is no product of thin matrices, so no "
-                    f"slot holds it; {MERGED}, or as a delta, python -m export --delta RUN --base PACKAGE --out FILE"
+                    f"{task}: {host} carries {method}, which is no product of thin matrices, so no slot holds it; "
+                    f"{MERGED}, or as a delta, python -m export --delta RUN --base PACKAGE --out FILE"
                 )
             other, like = first.setdefault(host, (task, slot))
             if (type(like), like.settings) != (type(slot), slot.settings):
@@ -222,9 +223,10 @@ def _replaced(sources: dict[str, Source], base: nn.Module) -> list[str]:
     names = [name for name in own if name.startswith(head)]
     names += [name for name in own if name in others and name not in names]
     names = [name for name in names if own[name].is_floating_point()]
-    share = sum(own[name].numel() for name in names if not name.startswith(head))
-    if share > 0.5 * sum(t.numel() for t in own.values()):
-        raise ValueError(f"most of the base was trained, {names[-1]} for one, so there is nothing to share; {MERGED}")
+    for task, source in sources.items():
+        share = sum(own[name].numel() for name in trained(source.model) if name in own and not name.startswith(head))
+        if share > 0.5 * sum(t.numel() for t in own.values()):
+            raise ValueError(f"{task} trained most of the base, so there is nothing to share; {MERGED}")
     return names
 
 
