@@ -24,6 +24,7 @@ from google.protobuf import descriptor_pb2, descriptor_pool, message_factory, te
 from PIL import Image, ImageOps
 
 import capavision as cv
+from benchmarks import serve as load_test
 from export import __main__ as export_command
 from export import desk, serve, triton
 from export.images import decode
@@ -281,6 +282,7 @@ def test_grey_arrays_strided_arrays_and_other_things():
             decode(Image.new(mode, (2, 2)))
 
 
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 @pytest.mark.parametrize("kind", ["PNG", "GIF", "BMP", "TIFF", "WEBP", "JPEG"])
 def test_the_bombs_are_ones(kind):
     """Else the test above would prove nothing."""
@@ -561,6 +563,41 @@ def test_a_full_server_sends_away_and_after_sigterm_answers_what_has_begun(packa
         assert {each.recv(12) for each in begun} == {b"HTTP/1.1 200"}
         assert process.wait(60) == 0
         assert output.read_text().splitlines()[1:] == ["answering what has begun, then stopping"]
+
+
+# The load test's client, against a stand-in
+
+
+async def stand_in(reader, writer):
+    """Answers POST /predict after a moment, refuses other paths, hangs up on what is no HTTP."""
+    head = await reader.readline()
+    while (await reader.readline()).strip():
+        pass
+    if head.endswith(b"HTTP/1.1\r\n"):
+        await asyncio.sleep(0.01)
+        writer.write(b"HTTP/1.1 200 OK\r\n\r\n" if b"/predict " in head else b"HTTP/1.1 404 No\r\n\r\n")
+    writer.close()
+
+
+def test_the_load_test_counts_what_it_is_answered(monkeypatch):
+    monkeypatch.setattr(load_test, "LIMIT", 1.0)
+
+    async def both():
+        async with await asyncio.start_server(stand_in, "127.0.0.1", 0, limit=2**20) as listening:
+            port = listening.sockets[0].getsockname()[1]
+            good = await load_test.load(port, load_test.post(b"image"), 10, 50, 30)
+            bad = await load_test.load(port, load_test.post(b"image", path="/other"), 3, 7, 30)
+            abused = await load_test.abuse(port, load_test.post(b"image"), b"image", 5, 1.5)
+        return good, bad, abused, await load_test.ask(port, load_test.post(b"image"))
+
+    good, bad, abused, closed = asyncio.run(both())
+    assert (good["requests"], good["errors"], good["statuses"]) == (50, 0, {200: 50})
+    assert 0.01 <= good["p50"] <= good["p99"]
+    assert good["rate"] <= 10 / 0.01
+    assert (bad["errors"], bad["statuses"]) == (7, {404: 7})
+    assert abused["errors"] == 0
+    assert {0, 200, 404} & abused["garbage"].keys()
+    assert closed == 0
 
 
 # Triton
