@@ -90,6 +90,7 @@ def test_no_pickle_is_ever_loaded():
         "export.predict",
         "export.verify",
         "export.bench",
+        "export.delta",
     ],
 )
 def test_every_command_has_a_help(module):
