@@ -1,20 +1,82 @@
-"""Export a run for ONNX Runtime: python -m export RUN_DIR --out DIR"""
+"""Export runs for ONNX Runtime: python -m export RUN_DIR --out DIR, --split RUN1 RUN2 … --out DIR, or
+--delta RUN --base DIR --out FILE
+"""
 
+import argparse
 from pathlib import Path
 from typing import Any
 
 from export import cli
 from export.runtime import TOLERANCE
 
+FORMS = {
+    "merged": "merged into the plain graph",
+    "folded": "folded into dense bottlenecks",
+    "split": "a base graph and an adapter file for each task",
+}
+
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Fold, export, compare, write; returns the manifest."""
+    args = _parse(argv)
+    if args.out.exists():
+        raise ValueError(f"{args.out} exists; name another --out, or delete it first")
+    from export import delta, package, split
+    from export.graph import check_choices
+
+    check_choices(args.opset, args.exporter)
+    if args.delta:
+        return delta.make(package.Source.open(args.delta), args.base, args.out)
+    if args.split:
+        runs = split.named(args.split)
+        manifest = split.build(runs, args.out, opset=args.opset, tolerance=args.tolerance)
+    else:
+        manifest = package.build(
+            package.Source.open(args.run),
+            args.out,
+            opset=args.opset,
+            exporter=args.exporter,
+            dynamic_size=args.dynamic_size,
+            tolerance=args.tolerance,
+        )
+    _tell(args.out, manifest)
+    return manifest
+
+
+def _tell(out: Path, manifest: dict[str, Any]) -> None:
+    files, tasks = manifest["files"], manifest["tasks"]
+    worst = max(max(task["parity"]["relative_error"].values()) for task in tasks.values())
+    size = sum(each["bytes"] for name, each in files.items() if name.startswith("model.onnx")) / 1e6
+    print(f"{out}: {size:.1f} MB, {FORMS[manifest['form']]}, within {worst:.1e} of PyTorch at batches 1, 2, 3, 5")
+    for name, task in tasks.items():
+        if task["adapter"]:
+            print(f"  {name}: {files[task['adapter']]['bytes'] / 1e6:.2f} MB, {len(task['labels'])} classes")
+
+
+def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser = cli.Parser(
         prog="python -m export",
         description="Fold a trained adapter into its model, export it, compare with PyTorch, write the package.",
     )
-    parser.add_argument("run", type=Path, metavar="RUN_DIR", help="a finished run's folder, or an adapter file")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="the package's folder, not there yet")
+    parser.add_argument(
+        "run", nargs="?", type=Path, metavar="RUN_DIR", help="a finished run's folder, or an adapter file"
+    )
+    parser.add_argument(
+        "--split", nargs="+", metavar="RUN", help="several runs on one base, a task each (NAME=RUN names it)"
+    )
+    parser.add_argument(
+        "--delta", type=Path, metavar="RUN", help="a file of what --base lacks to be RUN's package; see export.delta"
+    )
+    parser.add_argument(
+        "--base", type=Path, metavar="DIR", help="of --delta: a package of another run on the same base"
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="the package's folder (of --delta the file), not there yet",
+    )
     parser.add_argument("--opset", type=int, metavar="N", help="ONNX opset: 18, 20 or 23 (default: 20)")
     parser.add_argument(
         "--exporter",
@@ -32,25 +94,13 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         help=f"largest relative difference from PyTorch (default: {TOLERANCE:g})",
     )
     args = parser.parse_args(argv)
-    if args.out.exists():
-        raise ValueError(f"{args.out} exists; name another --out, or delete it first")
-    from export.graph import check_choices
-    from export.package import Source, build
-
-    check_choices(args.opset, args.exporter)
-    manifest = build(
-        Source.open(args.run),
-        args.out,
-        opset=args.opset,
-        exporter=args.exporter,
-        dynamic_size=args.dynamic_size,
-        tolerance=args.tolerance,
-    )
-    worst = max(max(task["parity"]["relative_error"].values()) for task in manifest["tasks"].values())
-    size = manifest["files"]["model.onnx"]["bytes"] / 1e6
-    kind = "merged into the plain graph" if manifest["form"] == "merged" else "folded into dense bottlenecks"
-    print(f"{args.out}: {size:.1f} MB, {kind}, within {worst:.1e} of PyTorch at batches 1, 2, 3, 5")
-    return manifest
+    if sum(bool(each) for each in (args.run, args.split, args.delta)) != 1:
+        parser.error("give one of RUN_DIR, --split RUN1 RUN2 … and --delta RUN")
+    if (args.delta is None) != (args.base is None):
+        parser.error("--delta and --base belong together: what to add, and to which package")
+    if (args.split or args.delta) and (args.exporter or args.dynamic_size):
+        parser.error("--exporter and --dynamic-size are for RUN_DIR alone; a delta takes those of its base")
+    return args
 
 
 if __name__ == "__main__":

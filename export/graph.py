@@ -7,7 +7,7 @@ import logging
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,7 @@ from export import names
 OPSETS = (18, 20, 23)  # the widest reach, PyTorch's own choice, the newest that PyTorch writes
 OPSET = 20
 LEGACY_OPSET = 20  # the newest that the legacy exporter writes
-LARGE = 1536 << 20  # bytes of weights; protobuf ends at 2 GB, and a graph grows when its variants are made
-INLINE = 1024  # bytes; a smaller tensor stays in the graph, where shapes must be known
+Inputs = Mapping[str, tuple[Tensor, dict[int, str]]]  # by name: an example, and the symbols of its free axes
 
 
 def folded(model: nn.Module) -> nn.Module:
@@ -39,6 +38,7 @@ def to_onnx(
     *,
     exporter: str | None = None,
     dynamic_size: bool = False,
+    inputs: Inputs | None = None,
 ) -> onnx.ModelProto:
     """Trace `model` at (batch, 3, size, size); `exporter_of` tells by which exporter.
 
@@ -50,6 +50,7 @@ def to_onnx(
         exporter: "dynamo" or "legacy"; None is dynamo and, where that fails, legacy, with a warning. With
             `dynamic_size` it is dynamo alone, because legacy would take sizes for constants and not say so.
         dynamic_size: leave height and width open too.
+        inputs: what `model` takes after the image.
 
     Raises:
         ValueError: another opset or exporter, or a model that the exporter cannot trace.
@@ -61,7 +62,7 @@ def to_onnx(
             module.fused_attn = False  # type: ignore[assignment]
     kinds = [exporter] if exporter else ["dynamo"] if dynamic_size or opset > LEGACY_OPSET else list(EXPORTERS)
     proto, kind = _first_that_works(
-        kinds, model, size, opset, ["batch", "height", "width"] if dynamic_size else ["batch"]
+        kinds, model, size, opset, ["batch", "height", "width"] if dynamic_size else ["batch"], inputs or {}
     )
     names.restore(proto, model)
     return _clean(proto, {"format_version": "1", "exporter": kind, "id2label": json.dumps(labels)})
@@ -83,28 +84,8 @@ def exporter_of(proto: onnx.ModelProto) -> str:
     return kind
 
 
-def save(proto: onnx.ModelProto, path: Path, large: int = LARGE) -> None:
-    """Write the graph and let ONNX check it; weights of more than `large` bytes go to a file beside it, path + ".data".
-
-    `proto` gives its weights away then.
-
-    Raises:
-        OSError: the disk is full.
-    """
-    tensors = [tensor for tensor in proto.graph.initializer if tensor.HasField("raw_data")]
-    sizes = [tensor.ByteSize() for tensor in tensors]
-    data = path.with_name(f"{path.name}.data")
-    data.unlink(missing_ok=True)  # onnx would write behind what is there
-    if sum(sizes) > large:
-        for tensor, size in zip(tensors, sizes, strict=True):
-            if size > INLINE:
-                onnx.external_data_helper.set_external_data(tensor, data.name)
-    onnx.save(proto, path)
-    onnx.checker.check_model(str(path), full_check=True)
-
-
 def _first_that_works(
-    kinds: list[str], model: nn.Module, size: int, opset: int, axes: list[str]
+    kinds: list[str], model: nn.Module, size: int, opset: int, axes: list[str], inputs: Inputs
 ) -> tuple[onnx.ModelProto, str]:
     """The graph by the first of these exporters that can trace the model, and which it was."""
     pixels = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))  # a batch of 1 would be baked in
@@ -113,7 +94,7 @@ def _first_that_works(
         model.train().eval()  # drops what some attentions cache, and a failed exporter leaves tracers there
         try:
             with _quiet():
-                proto = EXPORTERS[kind](model, pixels, opset, axes)
+                proto = EXPORTERS[kind](model, pixels, opset, axes, inputs)
         except Exception as error:  # the exporters raise many classes
             failures.append((kind, error))
             continue
@@ -137,26 +118,30 @@ def _quiet() -> Iterator[None]:
         yield
 
 
-def _dynamo(model: nn.Module, pixels: Tensor, opset: int, axes: list[str]) -> onnx.ModelProto:
+def _dynamo(model: nn.Module, pixels: Tensor, opset: int, axes: list[str], inputs: Inputs) -> onnx.ModelProto:
     if axes == ["batch"]:
         dims: dict[int, Any] = {0: torch.export.Dim("batch", min=1)}
     else:
         dims = dict(zip((0, 2, 3), axes, strict=True))  # by name alone: their ranges are the model's affair
+    symbols = {name: torch.export.Dim(name, min=0) for _, free in inputs.values() for name in free.values()}
+    more = tuple({axis: symbols[name] for axis, name in free.items()} for _, free in inputs.values())
     program: Any = torch.onnx.export(
         model,
-        (pixels,),
+        (pixels, *(example for example, _ in inputs.values())),
         dynamo=True,
         opset_version=opset,
         verbose=False,
-        input_names=["pixel_values"],
+        input_names=["pixel_values", *inputs],
         output_names=["logits"],
-        dynamic_shapes=(dims,),
+        dynamic_shapes=(dims, more) if inputs else (dims,),
     )
     proto: onnx.ModelProto = program.model_proto
     return proto
 
 
-def _legacy(model: nn.Module, pixels: Tensor, opset: int, axes: list[str]) -> onnx.ModelProto:
+def _legacy(model: nn.Module, pixels: Tensor, opset: int, axes: list[str], inputs: Inputs) -> onnx.ModelProto:
+    if inputs:
+        raise ValueError("it gives inputs no default")
     with tempfile.TemporaryDirectory() as folder:  # a file, because in memory it ends at 2 GB
         path = Path(folder) / "model.onnx"
         torch.onnx.export(
@@ -172,7 +157,7 @@ def _legacy(model: nn.Module, pixels: Tensor, opset: int, axes: list[str]) -> on
         return onnx.load(path)
 
 
-EXPORTERS: dict[str, Callable[[nn.Module, Tensor, int, list[str]], onnx.ModelProto]] = {
+EXPORTERS: dict[str, Callable[[nn.Module, Tensor, int, list[str], Inputs], onnx.ModelProto]] = {
     "dynamo": _dynamo,
     "legacy": _legacy,
 }

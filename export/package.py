@@ -22,10 +22,12 @@ from torch import nn
 
 import capavision as cv
 from capavision.files import new_folder, refuse_existing
+from capavision.inject import injections
 from capavision.targets import near
 from export import sizes
-from export.graph import exporter_of, folded, save, to_onnx
+from export.graph import exporter_of, folded, to_onnx
 from export.runtime import SCHEMA, TOLERANCE, Classifier, random_pixels, relative_error, sha256
+from export.store import save
 
 ADAPTER = "adapter.safetensors"  # in a run folder
 BATCHES = (1, 2, 3, 5)
@@ -209,7 +211,10 @@ def measure(manifest: dict[str, Any], sources: dict[str, Source], runtime: Class
     """
     for name, source in sources.items():
         task = manifest["tasks"][name]
-        task["parity"] = parity(functools.partial(runtime.logits, task=name), source.model, runtime, tolerance)
+        try:
+            task["parity"] = parity(functools.partial(runtime.logits, task=name), source.model, runtime, tolerance)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
         task["probe"] = probe(runtime, source.model)
 
 
@@ -245,7 +250,7 @@ def parity(
 
 def _distance(model: nn.Module, runtime: Classifier, error: float) -> float | None:
     """How far the deltas move the logits: parity would prove nothing of deltas that do not."""
-    if not any(isinstance(module, cv.Delta) for module in model.modules()):
+    if not any(plan.hosts or plan.trained for plan in injections(model)):
         return None
     pixels = random_pixels(BATCHES[-1], BATCHES[-1], runtime.preprocessor["size"]["height"])
     base = cv.remove(copy.deepcopy(model))

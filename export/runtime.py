@@ -72,16 +72,17 @@ def read_manifest(folder: Path) -> Any:
 
 
 def _whole(manifest: dict[str, Any]) -> bool:
-    files, graphs, tasks = (manifest.get(key) for key in ("files", "graphs", "tasks"))
-    if not all(isinstance(part, dict) and part for part in (files, graphs, tasks)):
+    try:
+        files, graphs, tasks = (manifest[key] for key in ("files", "graphs", "tasks"))
+        adapters = [task["adapter"] for task in tasks.values()]
+        inside = not any(PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts for name in files)
+        named = {*graphs.values(), *filter(None, adapters)} <= files.keys()
+        told = all({"labels", "parity", "probe"} <= task.keys() for task in tasks.values())
+        told = told and all("sha256" in each for each in files.values())
+        split = manifest["form"] != "split" or (all(adapters) and {"base_sha256", "slots"} <= manifest.keys())
+        return bool(graphs and tasks and inside and named and told and split)
+    except (KeyError, TypeError, AttributeError):
         return False
-    assert files is not None and graphs is not None and tasks is not None  # noqa: PT018
-    if any(PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts for name in files):
-        return False
-    if not all({"labels", "adapter", "parity", "probe"} <= task.keys() for task in tasks.values()):
-        return False
-    named = {*graphs.values(), *(task["adapter"] for task in tasks.values() if task["adapter"])}
-    return named <= files.keys()
 
 
 def check_files(folder: Path, manifest: Any, but: Collection[str] = ()) -> None:

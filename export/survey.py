@@ -29,9 +29,10 @@ from capavision.files import replacing
 from capavision.targets import near
 from export import cli
 from export.families import FAMILIES, awaken, calibrated, small_model
-from export.graph import exporter_of, folded, save, to_onnx
+from export.graph import exporter_of, folded, to_onnx
 from export.names import nodes
 from export.runtime import relative_error
+from export.store import save
 
 BAR = 1e-5  # the largest relative error that is "ok"
 BATCHES = (1, 2, 3)

@@ -91,6 +91,7 @@ def test_no_pickle_is_ever_loaded():
         "export.verify",
         "export.bench",
         "export.survey",
+        "export.delta",
     ],
 )
 def test_every_command_has_a_help(module):

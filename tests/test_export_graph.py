@@ -20,10 +20,11 @@ import capavision as cv
 from export import __main__ as export_command
 from export import graph, package, sizes, survey, verify
 from export.families import FAMILIES, KWARGS
-from export.graph import exporter_of, folded, save, to_onnx
+from export.graph import exporter_of, folded, to_onnx
 from export.names import nodes
 from export.package import Source, build
 from export.runtime import Classifier, random_pixels, relative_error
+from export.store import save
 from tests.conftest import awaken, awaken_deltas, create, images, outputs, twin
 from tests.test_export import CLASSES, INFO, METHODS, refused
 
