@@ -80,7 +80,8 @@ def check_choices(opset: int | None, exporter: str | None) -> None:
 
 def exporter_of(proto: onnx.ModelProto) -> str:
     """The exporter that traced a graph of `to_onnx`: "dynamo" or "legacy"."""
-    return next(prop.value for prop in proto.metadata_props if prop.key == "exporter")
+    kind: str = next(prop.value for prop in proto.metadata_props if prop.key == "exporter")
+    return kind
 
 
 def _first_that_works(

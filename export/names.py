@@ -51,7 +51,7 @@ def restore(proto: onnx.ModelProto, model: nn.Module) -> None:
     for candidates, group in groups.items():
         names |= _shared_out(candidates, group, uses)
     opsets = {each.domain: each.version for each in proto.opset_import}
-    for name in unknown:
+    for name in sorted(unknown, key=lambda name: uses[name].position if name in uses else 0):  # a weight, then its bias
         names[name] = _by_use(name, uses[name], tensors, names, opsets) if name in uses else name
     _rename(proto.graph, _unique(names, proto.graph))
 
@@ -149,7 +149,7 @@ def _by_use(own: str, use: Use, tensors: dict[str, Tensor], names: dict[str, str
         return own
     node, weight = use.node, f"{use.scope}.weight"
     if node.op_type in LAYERS and use.position == 2:
-        sibling = names.get(node.input[1], node.input[1]).removesuffix(".T")
+        sibling: str = names.get(node.input[1], node.input[1]).removesuffix(".T")
         if sibling.endswith(".weight"):
             return sibling.removesuffix("weight") + "bias"
     if node.op_type in LAYERS and use.position == 1 and weight in tensors:
@@ -164,7 +164,8 @@ def _formal(node: onnx.NodeProto, position: int, opsets: dict[str, int]) -> str:
         inputs = onnx.defs.get_schema(node.op_type, opsets.get(node.domain, 1), node.domain).inputs
     except onnx.defs.SchemaError:
         return str(position)
-    return inputs[min(position, len(inputs) - 1)].name  # the last of a variadic operator stands for the rest
+    formal: str = inputs[min(position, len(inputs) - 1)].name  # the last of a variadic operator stands for the rest
+    return formal
 
 
 def _unique(names: dict[str, str], graph: onnx.GraphProto) -> dict[str, str]:

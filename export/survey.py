@@ -56,7 +56,7 @@ class Row:
 
     @property
     def cells(self) -> tuple[object, ...]:
-        figures = ("", "", "", "", "")
+        figures: tuple[object, ...] = ("",) * 5
         if self.error is not None:
             figures = (f"{self.error:.1e}", self.exporter, self.opset, self.nodes, f"{self.megabytes:.1f}")
         result = f"{self.result} ({self.remark})" if self.remark else self.result
@@ -160,7 +160,7 @@ def summary(rows: Sequence[Row]) -> str:
     dynamo = sum(row.exporter == "dynamo" for row in ok)
     text = f"{len(ok)} of {len(rows)} ok: {dynamo} by dynamo, {len(ok) - dynamo} by legacy."
     if ok:
-        errors, seconds = [row.error for row in ok], [row.seconds for row in ok]
+        errors, seconds = [row.error for row in ok if row.error is not None], [row.seconds for row in ok]
         text += f" Relative error: median {np.median(errors):.1e}, largest {max(errors):.1e}."
         text += f" Seconds: median {np.median(seconds):.1f}, largest {max(seconds):.1f}."
     return text

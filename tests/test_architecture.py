@@ -104,6 +104,7 @@ def test_no_pickle_is_ever_loaded():
         "export.triton",
         "export.accuracy",
         "export.agreement",
+        "export.delta",
     ],
 )
 def test_every_command_has_a_help(module):

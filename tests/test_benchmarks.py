@@ -163,6 +163,7 @@ def test_changing_adapters_is_timed(capsys):
 
 REFUSED = {
     "swap --model nosuchmodel": "unknown timm model 'nosuchmodel'; did you mean",
+    "export_split --rounds 0": "--rounds 0 must be at least 1",
     "swap --rounds 0": "--rounds 0 must be at least 1",
     "swap --device tpu": "--device tpu is not on this machine; here: ",
     "structured --tokens -1": "--tokens -1 must be at least 1",
