@@ -16,7 +16,7 @@ from export.agreement import opened
 from export.runtime import Classifier, read_json, sha256
 
 if TYPE_CHECKING:
-    from vtab.data import Split
+    from export.splits import Split
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from export.store import save
 from export.wanted import Wanted
 
 if TYPE_CHECKING:
-    from vtab.data import Data
+    from export.splits import Data
 
 FILES = {
     "int8": "model_int8.onnx",
