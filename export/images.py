@@ -45,7 +45,7 @@ def decode(image: Picture, limit: int = LIMIT) -> Image.Image:
     if isinstance(image, np.ndarray):
         return _from_array(image, limit)
     if isinstance(image, Image.Image):
-        return _upright_rgb(image, "the image", limit)
+        return upright_rgb(image, "the image", limit)
     if isinstance(image, bytes):
         return _from_file(io.BytesIO(image), f"the image of {len(image):,} bytes", limit)
     if not isinstance(image, (str, Path)):
@@ -72,11 +72,15 @@ def _from_file(source: Path | io.BytesIO, name: str, limit: int) -> Image.Image:
     with _pillow(name):
         opened = Image.open(source, formats=FORMATS)  # reads the header
     with opened:
-        return _upright_rgb(opened, name, limit)
+        return upright_rgb(opened, name, limit)
 
 
-def _upright_rgb(image: Image.Image, name: str, limit: int) -> Image.Image:
-    """`image`, perhaps not decoded yet; the caller's own is left alone."""
+def upright_rgb(image: Image.Image, name: str, limit: int = LIMIT) -> Image.Image:
+    """`image`, perhaps not decoded yet, which errors call `name`; the caller's own is left alone.
+
+    Raises:
+        ValueError: as `decode`.
+    """
     _check_size(name, *image.size, limit)
     sixteen = image.mode in SIXTEEN or (image.mode == "I" and image.format == "PNG")  # the latter in older Pillows
     if not sixteen and image.mode not in OPAQUE + TRANSPARENT:

@@ -4,13 +4,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from PIL import Image, ImageOps
+from PIL import Image
 
+from export.images import upright_rgb
 from export.runtime import read_json
 
 if TYPE_CHECKING:
-    from vtab.data import Data as Data  # said twice, so that others may import the types from here
-    from vtab.data import Split as Split
+    from vtab.data import Data, Split
     from vtab.evaluate import Accuracy
 
 # Images a call where accuracy is measured: dynamic int8 takes its scales from a whole batch, so that an image's logits
@@ -68,4 +68,4 @@ def score(correct: int, total: int) -> "Accuracy":
 
 def upright(split: "Split", index: int) -> Image.Image:
     """One image of a split as it is, upright and RGB."""
-    return ImageOps.exif_transpose(split.read(index)).convert("RGB")
+    return upright_rgb(split.read(index), split.names[index])

@@ -20,7 +20,7 @@ RUNNING = {
     "export/serve.py",
     "export/__init__.py",
 }
-SHARED = {"export.cli", "export.cluster"}  # of the standard library, and Ray inside functions
+SHARED = {"export.cli", "export.cluster", "export.images"}  # light: Pillow and numpy, and Ray inside functions
 DOOR = "export/splits.py"  # the only file of export that knows tasks
 FORBIDDEN = {
     "capavision": {"vtab", "export", "onnx", "onnxruntime", "torchvision"},

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from export.images import decode
 from vtab import folder, generated
 from vtab.data import open_task
 from vtab.folder import FILE
@@ -202,6 +203,21 @@ def test_an_exif_turned_image_is_set_upright(class_folders):
     assert len(names) == 21
     assert pixels[:8].mean() < 40  # the black half is on top now
     assert pixels[-8:].mean() > 200
+
+
+def test_images_are_read_as_a_package_reads_them(class_folders):
+    """Transparency on white, 16-bit grey scaled: else a run would be trained on other pixels than it is used on."""
+    clear = Image.new("RGBA", (40, 20), (0, 0, 0, 0))
+    clear.save(class_folders / "cat" / "0.png")
+    Image.fromarray(np.full((20, 40), 257 * 99, np.uint16)).save(class_folders / "cat" / "1.png")
+    data = open_task("", class_folders)
+    for name, grey in (("cat/0.png", 255), ("cat/1.png", 99)):
+        split = next(split for split in data.splits.values() if name in split.names)
+        index = list(split.names).index(name)
+        pixels = split.decode(20, index, index + 1)[0]
+        assert (pixels == grey).all()
+        shown = decode(class_folders / name).resize((20, 20), Image.Resampling.BICUBIC)
+        assert np.array_equal(pixels, np.asarray(shown))
 
 
 def test_class_folders_are_split_once_and_stay_so(class_folders, capsys):

@@ -27,7 +27,7 @@ from capavision.files import cache_dir, replacing
 from vtab.data import Data, Split
 from vtab.disk import lack
 
-VERSION = 1  # of the file and of what Split.decode does to an image; change it with either
+VERSION = 2  # of the file and of what Split.decode does to an image; change it with either
 RESIZE = "upright by EXIF, RGB, squash, bicubic"
 KEEP = ("none", "train", "all")
 SMALL = 5000  # test images that are kept by default: 0.7 GiB at 224 pixels

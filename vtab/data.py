@@ -16,7 +16,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
+
+from export.images import upright_rgb
 
 IMAGES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff")
 LOSSLESS = (".png", ".bmp", ".gif", ".tif", ".tiff")
@@ -73,7 +75,7 @@ class Split:
 
     def _pixels(self, index: int, size: int) -> np.ndarray:
         try:
-            image = ImageOps.exif_transpose(self.read(index)).convert("RGB")
+            image = upright_rgb(self.read(index), "it")  # as an exported package reads it
             return np.asarray(image.resize((size, size), Image.Resampling.BICUBIC))
         except UNREADABLE as error:
             raise ValueError(f"{self.names[index]} does not decode ({error}); replace the image") from error
