@@ -112,10 +112,16 @@ def _told(model: nn.Module, failures: list[tuple[str, Exception]]) -> str:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Neither exporter's warnings nor its log."""
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
+    usual = {log: log.level for log in map(logging.getLogger, ("torch.onnx", "onnxscript"))}
+    for log in usual:
+        log.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for log, level in usual.items():
+            log.setLevel(level)
 
 
 def _dynamo(model: nn.Module, pixels: Tensor, opset: int, axes: list[str], inputs: Inputs) -> onnx.ModelProto:
