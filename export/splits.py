@@ -9,8 +9,7 @@ from PIL import Image, ImageOps
 from export.runtime import read_json
 
 if TYPE_CHECKING:
-    from vtab.data import Data as Data  # said twice, so that others may import the types from here
-    from vtab.data import Split as Split
+    from vtab.data import Data, Split
     from vtab.evaluate import Accuracy
 
 # Images a call where accuracy is measured: dynamic int8 takes its scales from a whole batch, so that an image's logits
