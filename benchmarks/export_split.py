@@ -138,7 +138,8 @@ def main(argv: list[str] | None = None) -> None:
         for path, source in zip(merged, sources.values(), strict=True):
             package.build(source, path)
         report(options, manifest, folder / "split", merged, seconds)
-    print(measured("python -m benchmarks.export_split", time.perf_counter() - start))
+    settings = " ".join(f"--{name} {value}" for name, value in vars(options).items())
+    print(measured(f"python -m benchmarks.export_split {settings}", time.perf_counter() - start))
 
 
 def report(
