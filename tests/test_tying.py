@@ -289,7 +289,8 @@ def test_a_tied_models_file_exports_to_onnx(tmp_path):
     preprocessing = {"size": 160, "mean": [0.5] * 3, "std": [0.5] * 3, "resize": "squash, bicubic"}
     cv.save(model, tmp_path / "it.safetensors", classes=["a", "b"], info={"preprocessing": preprocessing})
     manifest = build_package(Source.open(tmp_path / "it.safetensors"), tmp_path / "package")
-    assert max(manifest["parity"]["relative_error"].values()) < 1e-5
+    (task,) = manifest["tasks"].values()
+    assert max(task["parity"]["relative_error"].values()) < 1e-5
 
 
 def test_a_folded_model_takes_lora():
