@@ -83,7 +83,7 @@ def tarball(tmp_path, monkeypatch):
     path = tmp_path / "elsewhere" / f"{npm.NAME}-{npm.VERSION}.tgz"
     path.parent.mkdir()
     with tarfile.open(path, "w:gz") as archive:
-        for name in ("../../outside", "/tmp/outside", *npm.PARTS, "package/README.md"):
+        for name in ("../../outside", str(tmp_path / "outside"), *npm.PARTS, "package/README.md"):
             content = f"content of {name}".encode()
             member = tarfile.TarInfo(name)
             member.size = len(content)
