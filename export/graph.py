@@ -4,6 +4,7 @@ import contextlib
 import copy
 import dataclasses
 import functools
+import io
 import json
 import logging
 import os
@@ -149,10 +150,15 @@ def _first_that_works(
 
 
 def _told(failures: dict[str, Exception]) -> str:
-    return "; ".join(f"{kind}: {one_line(error)}" for kind, error in failures.items())
+    return "; ".join(f"{kind}: {one_line(_cause(error))}" for kind, error in failures.items())
 
 
-def one_line(error: Exception) -> str:
+def _cause(error: BaseException) -> BaseException:
+    """What dynamo wraps into advice on how to report it."""
+    return _cause(error.__cause__) if error.__cause__ else error
+
+
+def one_line(error: BaseException) -> str:
     """The first line of what an error says, within 300 characters and without the folders of this machine."""
     first = (str(error).strip() or type(error).__name__).splitlines()[0]
     return re.sub(r"(?<![\w.])/(?:[\w.+-]+/)+", "…/", first)[:300]
@@ -176,14 +182,15 @@ def _refuse_wrong(proto: onnx.ModelProto, model: nn.Module, request: Request) ->
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Neither exporter's warnings nor its log."""
-    usual = {log: log.level for log in map(logging.getLogger, ("torch.onnx", "onnxscript"))}
+    """Neither exporter's warnings, nor its log, nor the graphs that it prints where it fails."""
+    usual = {log: log.level for log in map(logging.getLogger, ("torch.onnx", "torch.fx", "onnxscript"))}
     for log in usual:
         log.setLevel(logging.ERROR)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()) as said:
             warnings.simplefilter("ignore")
-            yield
+            with contextlib.redirect_stderr(said):
+                yield
     finally:
         for log, level in usual.items():
             log.setLevel(level)
