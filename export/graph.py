@@ -2,8 +2,13 @@
 
 import contextlib
 import copy
+import dataclasses
+import functools
+import io
 import json
 import logging
+import os
+import re
 import sys
 import tempfile
 import warnings
@@ -12,16 +17,37 @@ from pathlib import Path
 from typing import Any
 
 import onnx
+import onnxruntime
 import torch
 from torch import Tensor, nn
 
 import capavision as cv
 from export import names
+from export.runtime import relative_error
+from export.store import LARGE
 
 OPSETS = (18, 20, 23)  # the widest reach, PyTorch's own choice, the newest that PyTorch writes
 OPSET = 20
 LEGACY_OPSET = 20  # the newest that the legacy exporter writes
+EXPORTERS = ("dynamo", "legacy")
+UNOPTIMIZED = "dynamo, unoptimized"
+WRONG = 1e-3  # relative error that no rounding makes
 Inputs = Mapping[str, tuple[Tensor, dict[int, str]]]  # by name: an example, and the symbols of its free axes
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What to trace with: an example image, the opset, the open axes of the image, and the inputs beside it."""
+
+    pixels: Tensor
+    opset: int
+    axes: tuple[str, ...]
+    inputs: Inputs
+
+    @property
+    def examples(self) -> tuple[Tensor, ...]:
+        """Of all inputs."""
+        return (self.pixels, *(example for example, _ in self.inputs.values()))
 
 
 def folded(model: nn.Module) -> nn.Module:
@@ -40,7 +66,10 @@ def to_onnx(
     dynamic_size: bool = False,
     inputs: Inputs | None = None,
 ) -> onnx.ModelProto:
-    """Trace `model` at (batch, 3, size, size); `exporter_of` tells by which exporter.
+    """Trace `model` at (batch, 3, size, size); `exporter_of` and `fallback_of` tell how.
+
+    A graph that ONNX refuses, or that computes something else in ONNX Runtime, is its exporter's failure. Dynamo then
+    tries again without PyTorch's optimizer, whose mistakes these mostly are; last comes legacy.
 
     Args:
         model: folded, in eval, float32, on the CPU.
@@ -60,12 +89,16 @@ def to_onnx(
     for module in model.modules():  # timm's global switch would come too late for a live model
         if getattr(module, "fused_attn", False) and not isinstance(getattr(module, "delta", None), cv.AttentionDelta):
             module.fused_attn = False  # type: ignore[assignment]
-    kinds = [exporter] if exporter else ["dynamo"] if dynamic_size or opset > LEGACY_OPSET else list(EXPORTERS)
-    proto, kind = _first_that_works(
-        kinds, model, size, opset, ["batch", "height", "width"] if dynamic_size else ["batch"], inputs or {}
-    )
-    names.restore(proto, model)
-    return _clean(proto, {"format_version": "1", "exporter": kind, "id2label": json.dumps(labels)})
+    pixels = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))  # a batch of 1 would be baked in
+    request = Request(pixels, opset, ("batch", "height", "width") if dynamic_size else ("batch",), inputs or {})
+    only = exporter or ("dynamo" if dynamic_size or opset > LEGACY_OPSET else "")
+    proto, kind, failures = _first_that_works([name for name in ATTEMPTS if name.startswith(only)], model, request)
+    about = {"format_version": "1", "exporter": kind.partition(",")[0], "id2label": json.dumps(labels)}
+    if failures:
+        about["fallback"] = f"{_told(failures)}; taken: {kind}"
+        print(f"warning: {type(model).__name__}: {about['fallback']}", file=sys.stderr)
+    onnx.helper.set_model_props(proto, about)
+    return proto
 
 
 def check_choices(opset: int | None, exporter: str | None) -> None:
@@ -80,102 +113,157 @@ def check_choices(opset: int | None, exporter: str | None) -> None:
 
 def exporter_of(proto: onnx.ModelProto) -> str:
     """The exporter that traced a graph of `to_onnx`: "dynamo" or "legacy"."""
-    kind: str = next(prop.value for prop in proto.metadata_props if prop.key == "exporter")
-    return kind
+    return _said(proto, "exporter")
+
+
+def fallback_of(proto: onnx.ModelProto) -> str:
+    """Why a graph of `to_onnx` is not by the first way that was tried; "" where it is."""
+    return _said(proto, "fallback")
+
+
+def _said(proto: onnx.ModelProto, key: str) -> str:
+    return next((str(prop.value) for prop in proto.metadata_props if prop.key == key), "")
 
 
 def _first_that_works(
-    kinds: list[str], model: nn.Module, size: int, opset: int, axes: list[str], inputs: Inputs
-) -> tuple[onnx.ModelProto, str]:
-    """The graph by the first of these exporters that can trace the model, and which it was."""
-    pixels = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))  # a batch of 1 would be baked in
-    failures: list[tuple[str, Exception]] = []
-    for kind in kinds:
+    attempts: list[str], model: nn.Module, request: Request
+) -> tuple[onnx.ModelProto, str, dict[str, Exception]]:
+    """The graph by the first of these ways that succeeds, which it was, and why those before it failed."""
+    failures: dict[str, Exception] = {}
+    traced = False
+    for kind in attempts:
+        if kind == UNOPTIMIZED and not traced:
+            continue  # the optimizer was never reached
         model.train().eval()  # drops what some attentions cache, and a failed exporter leaves tracers there
         try:
             with _quiet():
-                proto = EXPORTERS[kind](model, pixels, opset, axes, inputs)
+                proto = ATTEMPTS[kind](model, request)
+            traced = True
+            names.restore(proto, model)
+            _clean(proto)
+            _refuse_wrong(proto, model, request)
         except Exception as error:  # the exporters raise many classes
-            failures.append((kind, error))
-            continue
-        if failures:
-            print(f"warning: {_told(model, failures)}; the {kind} exporter took over", file=sys.stderr)
-        return proto, kind
-    raise ValueError(_told(model, failures)) from failures[-1][1]
+            failures[kind] = error
+        else:
+            return proto, kind, failures
+    raise ValueError(f"{type(model).__name__} does not export ({_told(failures)})") from next(iter(failures.values()))
 
 
-def _told(model: nn.Module, failures: list[tuple[str, Exception]]) -> str:
-    reasons = (f"{kind}: {(str(error).strip() or type(error).__name__).splitlines()[0]}" for kind, error in failures)
-    return f"{type(model).__name__} does not export ({'; '.join(reasons)})"
+def _told(failures: dict[str, Exception]) -> str:
+    return "; ".join(f"{kind}: {one_line(_cause(error))}" for kind, error in failures.items())
+
+
+def _cause(error: BaseException) -> BaseException:
+    """What dynamo wraps into advice on how to report it."""
+    return _cause(error.__cause__) if error.__cause__ else error
+
+
+def one_line(error: BaseException) -> str:
+    """The first line of what an error says, within 300 characters and without the folders of this machine."""
+    first = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return re.sub(r"(?<![\w.])/(?:[\w.+-]+/)+", "…/", first)[:300]
+
+
+def _refuse_wrong(proto: onnx.ModelProto, model: nn.Module, request: Request) -> None:
+    """Raise unless ONNX accepts the graph and it computes about the same; how nearly is the package's gate to say."""
+    if sum(tensor.ByteSize() for tensor in proto.graph.initializer) > LARGE:
+        return  # beyond protobuf in memory; `export.store.save` has it checked, and the package compares
+    onnx.checker.check_model(proto, full_check=True)
+    if request.inputs:
+        return  # their examples are shapes, whose values may be beyond all rounding; the package compares every task
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4  # what it complains of is raised
+    session = onnxruntime.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    with torch.no_grad():
+        expected = model(request.pixels).numpy()
+    found = session.run(["logits"], {"pixel_values": request.pixels.numpy()})[0]
+    if not (error := relative_error(found, expected)) <= WRONG:
+        raise ValueError(f"ONNX Runtime computes something else, {error:.1e} of the largest logit away")
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Neither exporter's warnings nor its log."""
-    usual = {log: log.level for log in map(logging.getLogger, ("torch.onnx", "onnxscript"))}
+    """Neither exporter's warnings, nor its log, nor the graphs that it prints where it fails."""
+    usual = {log: log.level for log in map(logging.getLogger, ("torch.onnx", "torch.fx", "onnxscript"))}
     for log in usual:
         log.setLevel(logging.ERROR)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()) as said:
             warnings.simplefilter("ignore")
-            yield
+            with contextlib.redirect_stderr(said):
+                yield
     finally:
         for log, level in usual.items():
             log.setLevel(level)
 
 
-def _dynamo(model: nn.Module, pixels: Tensor, opset: int, axes: list[str], inputs: Inputs) -> onnx.ModelProto:
-    if axes == ["batch"]:
+def _dynamo(model: nn.Module, request: Request, optimize: bool = True) -> onnx.ModelProto:
+    if request.axes == ("batch",):
         dims: dict[int, Any] = {0: torch.export.Dim("batch", min=1)}
     else:
-        dims = dict(zip((0, 2, 3), axes, strict=True))  # by name alone: their ranges are the model's affair
-    symbols = {name: torch.export.Dim(name, min=0) for _, free in inputs.values() for name in free.values()}
-    more = tuple({axis: symbols[name] for axis, name in free.items()} for _, free in inputs.values())
+        dims = dict(zip((0, 2, 3), request.axes, strict=True))  # by name alone: their ranges are the model's affair
+    symbols = {name: torch.export.Dim(name, min=0) for _, free in request.inputs.values() for name in free.values()}
+    more = tuple({axis: symbols[name] for axis, name in free.items()} for _, free in request.inputs.values())
     program: Any = torch.onnx.export(
         model,
-        (pixels, *(example for example, _ in inputs.values())),
+        request.examples,
         dynamo=True,
-        opset_version=opset,
+        optimize=optimize,
+        opset_version=request.opset,
         verbose=False,
-        input_names=["pixel_values", *inputs],
+        input_names=["pixel_values", *request.inputs],
         output_names=["logits"],
-        dynamic_shapes=(dims, more) if inputs else (dims,),
+        dynamic_shapes=(dims, more) if request.inputs else (dims,),
     )
     proto: onnx.ModelProto = program.model_proto
     return proto
 
 
-def _legacy(model: nn.Module, pixels: Tensor, opset: int, axes: list[str], inputs: Inputs) -> onnx.ModelProto:
-    if inputs:
+def _legacy(model: nn.Module, request: Request) -> onnx.ModelProto:
+    if request.inputs:
         raise ValueError("it gives inputs no default")
-    with tempfile.TemporaryDirectory() as folder:  # a file, because in memory it ends at 2 GB
+    axes = {"pixel_values": dict(zip((0, 2, 3), request.axes, strict=False)), "logits": {0: "batch"}}
+    with tempfile.TemporaryDirectory() as folder, _muted():  # a file, because in memory it ends at 2 GB
         path = Path(folder) / "model.onnx"
         torch.onnx.export(
             model,
-            (pixels,),
+            request.examples,
             str(path),
             dynamo=False,
-            opset_version=opset,
+            opset_version=request.opset,
             input_names=["pixel_values"],
             output_names=["logits"],
-            dynamic_axes={"pixel_values": dict(zip((0, 2, 3), axes, strict=False)), "logits": {0: "batch"}},
+            dynamic_axes=axes,
         )
         return onnx.load(path)
 
 
-EXPORTERS: dict[str, Callable[[nn.Module, Tensor, int, list[str], Inputs], onnx.ModelProto]] = {
+@contextlib.contextmanager
+def _muted() -> Iterator[None]:
+    """No standard output, not even that of C++: legacy prints the whole graph where it fails."""
+    sys.stdout.flush()
+    kept, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
+        os.close(nowhere)
+
+
+ATTEMPTS: dict[str, Callable[[nn.Module, Request], onnx.ModelProto]] = {
     "dynamo": _dynamo,
+    UNOPTIMIZED: functools.partial(_dynamo, optimize=False),
     "legacy": _legacy,
 }
 
 
-def _clean(proto: onnx.ModelProto, about: dict[str, str]) -> onnx.ModelProto:
-    """Without stack traces, paths of this machine and stale shapes."""
+def _clean(proto: onnx.ModelProto) -> None:
+    """Take out stack traces, paths of this machine and stale shapes."""
     proto.doc_string = ""
     for graph in names.graphs(proto.graph):
         del graph.value_info[:]  # stale entries break later quantisation
         for part in (graph, *graph.node, *graph.input, *graph.output, *graph.initializer):
             del part.metadata_props[:]
             part.doc_string = ""
-    onnx.helper.set_model_props(proto, about)
-    return proto

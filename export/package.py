@@ -25,7 +25,7 @@ from capavision.files import new_folder, refuse_existing
 from capavision.inject import injections
 from capavision.targets import near
 from export import sizes
-from export.graph import exporter_of, folded, to_onnx
+from export.graph import exporter_of, fallback_of, folded, to_onnx
 from export.runtime import SCHEMA, TOLERANCE, Classifier, random_pixels, relative_error, sha256
 from export.store import save
 
@@ -191,6 +191,7 @@ def head_of(form: str, proto: onnx.ModelProto, source: Source) -> dict[str, Any]
         "base": source.about["base"],
         "opset": proto.opset_import[0].version,
         "exporter": exporter_of(proto),
+        "fallback": fallback_of(proto),  # why it is not by the first way that was tried
         "versions": {
             "capavision": cv.__version__,
             "torch": torch.__version__,

@@ -4,15 +4,15 @@
 
 Per family: a LoRA on every Linear and conv layer of a small model with random weights, its deltas awakened; folded,
 exported with a dynamic batch, checked by ONNX, run in ONNX Runtime at batches 1, 2 and 3, and compared with the model
-as it was before folding. By dynamo; by legacy, and with dynamo's reason, where that fails.
+as it was before folding. By dynamo; unoptimized or by legacy, and with the reason, where that fails.
 """
 
 import contextlib
 import dataclasses
 import datetime
+import io
 import json
 import platform
-import re
 import tempfile
 import time
 from collections.abc import Iterable, Sequence
@@ -29,12 +29,13 @@ from capavision.files import replacing
 from capavision.targets import near
 from export import cli
 from export.families import FAMILIES, awaken, calibrated, small_model
-from export.graph import exporter_of, folded, to_onnx
+from export.graph import exporter_of, fallback_of, folded, one_line, to_onnx
 from export.names import nodes
 from export.runtime import relative_error
 from export.store import save
 
 BAR = 1e-5  # the largest relative error that is "ok"
+AS_PYTORCH = "as near as PyTorch"  # above the bar, and no further from float64 than twice PyTorch's own float32
 BATCHES = (1, 2, 3)
 METHOD = cv.LoRA(rank=4, branches=2)
 COLUMNS = ("family", "architecture", "result", "relative error", "exporter", "opset", "nodes", "MB", "s")
@@ -42,7 +43,7 @@ COLUMNS = ("family", "architecture", "result", "relative error", "exporter", "op
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One family; `result` is "ok", "above …" or "FAILED: …", and `remark` why dynamo did not do it."""
+    """One family; `result` is "ok", AS_PYTORCH, "above …" or "FAILED: …"; `remark` says what there is to say of it."""
 
     family: str
     result: str
@@ -90,18 +91,22 @@ def measure(family: str, opset: int | None = None) -> dict[str, Any]:
     if not (moved := largest_error(plain, expected)) > 100 * BAR:
         raise ValueError(f"the deltas moved the logits by {moved:.1e} only, so an agreement would prove nothing")
 
-    proto, remark = traced(folded(model), example.shape[-1], opset)
+    with contextlib.redirect_stderr(io.StringIO()):  # the row says it too
+        proto = to_onnx(folded(model), example.shape[-1], {}, opset)
     about = {"exporter": exporter_of(proto), "opset": proto.opset_import[0].version}
-    about |= {"nodes": sum(1 for _ in nodes(proto.graph)), "remark": remark}
+    about |= {"nodes": sum(1 for _ in nodes(proto.graph)), "remark": fallback_of(proto)}
     found, about["megabytes"] = run(proto, pixels)
     about["error"] = error = largest_error(found, expected)
+    result = "ok" if error <= BAR else f"above {BAR:g}"
     if error > BAR:  # the graph's fault, or single precision's?
         exact = logits(model.double(), {n: x.double() for n, x in pixels.items()})
         graphs, own = largest_error(found, exact), largest_error(expected, exact)
-        told = f"against float64: {graphs:.1e}, and PyTorch's float32 {own:.1e}"
-        about["remark"] = "; ".join(filter(None, (remark, told)))
-    agree = all((found[n].argmax(1) == expected[n].argmax(1)).all() for n in BATCHES)
-    return {"result": "FAILED: another top-1" if not agree else "ok" if error <= BAR else f"above {BAR:g}", **about}
+        result = AS_PYTORCH if graphs <= 2 * own else result
+        told = f"off float64 by {graphs:.1e}, PyTorch's float32 by {own:.1e}"
+        about["remark"] = "; ".join(filter(None, (about["remark"], told)))
+    if any((found[n].argmax(1) != expected[n].argmax(1)).any() for n in BATCHES):
+        result = "FAILED: another top-1"
+    return {"result": result, **about}
 
 
 @torch.inference_mode()
@@ -128,19 +133,6 @@ def largest_error(found: dict[int, np.ndarray], expected: dict[int, np.ndarray])
     return max(relative_error(found[n], expected[n]) for n in expected)
 
 
-def traced(model: torch.nn.Module, size: int, opset: int | None) -> tuple[onnx.ModelProto, str]:
-    """The graph, and why it is not dynamo's, where it is not."""
-    try:
-        return to_onnx(model, size, {}, opset, exporter="dynamo"), ""
-    except ValueError as refusal:
-        return to_onnx(model, size, {}, opset, exporter="legacy"), one_line(refusal)
-
-
-def one_line(error: Exception) -> str:
-    """What an error says, on one line of 300 characters, without the folders of this machine."""
-    return re.sub(r"(?<![\w.])/(?:[\w.+-]+/)+", "…/", " ".join(str(error).split()))[:300]
-
-
 def table(rows: Iterable[Row]) -> str:
     """
     >>> print(table([Row("beit", "FAILED: why", 1.0)]).splitlines()[-1])
@@ -155,12 +147,14 @@ def line(cells: Iterable[object]) -> str:
 
 
 def summary(rows: Sequence[Row]) -> str:
-    """How many are ok, by which exporter, and the figures of those."""
-    ok = [row for row in rows if row.result == "ok"]
-    dynamo = sum(row.exporter == "dynamo" for row in ok)
-    text = f"{len(ok)} of {len(rows)} ok: {dynamo} by dynamo, {len(ok) - dynamo} by legacy."
-    if ok:
-        errors, seconds = [row.error for row in ok if row.error is not None], [row.seconds for row in ok]
+    """How many are ok, how many are not and why, by which exporter, and the figures of all that export."""
+    exported = [row for row in rows if row.result in ("ok", AS_PYTORCH)]
+    ok = sum(row.result == "ok" for row in exported)
+    legacy = sum(row.exporter == "legacy" for row in exported)
+    text = f"{len(exported)} of {len(rows)} export, {len(exported) - legacy} by dynamo and {legacy} by legacy: "
+    text += f"{ok} are ok, {len(exported) - ok} as near as PyTorch; {len(rows) - len(exported)} do not."
+    if exported:
+        errors, seconds = [row.error for row in exported if row.error is not None], [row.seconds for row in exported]
         text += f" Relative error: median {np.median(errors):.1e}, largest {max(errors):.1e}."
         text += f" Seconds: median {np.median(seconds):.1f}, largest {max(seconds):.1f}."
     return text
@@ -176,8 +170,14 @@ def document(rows: Sequence[Row], command: str) -> str:
 
 One small model of each family, random weights, float32. A LoRA (rank 4, 2 branches) sits on every Linear and conv layer
 and moves the logits; the model is folded, exported with a dynamic batch, checked by `onnx.checker`, and run in ONNX
-Runtime at batches {", ".join(map(str, BATCHES))}. "ok": every logit is within {BAR:g} of the largest logit of PyTorch's
-model before folding, and top-1 is equal. The exporter is dynamo, with fused attention off; where it fails, legacy.
+Runtime at batches {", ".join(map(str, BATCHES))}, against PyTorch's model before folding.
+
+- "ok": every logit is within {BAR:g} of the largest, and top-1 is equal.
+- "as near as PyTorch": above that, with equal top-1. Deep nets of random weights amplify rounding: PyTorch in float32
+  is as far from PyTorch in float64. The graph is no further from float64 than twice that; both figures are given.
+
+The exporter is dynamo, with fused attention off. Where its graph is refused or wrong, dynamo traces again without
+PyTorch's optimizer; where dynamo fails, legacy does. The reason is given.
 
 `{command}`, {datetime.date.today():%d %B %Y}: {sum(row.seconds for row in rows) / 60:.0f} minutes on
 {torch.get_num_threads()} thread of a CPU ({platform.machine()}); {", ".join(f"{k} {v}" for k, v in version.items())}.
