@@ -29,6 +29,7 @@ from export.runtime import Classifier, random_pixels
 from vtab.cli import Parser, run
 
 COUNTS = (1, 2, 4)
+PROCESSES = 5
 INFO = {"preprocessing": {"size": 224, "mean": [0.5] * 3, "std": [0.5] * 3}}
 GAIN = """
 import json, sys
@@ -107,13 +108,12 @@ def switching(classifier: Classifier, rounds: int) -> tuple[float, float, float]
     return float(np.median(switches)), float(middle), float(high - low) / 2
 
 
-def gained(form: str, count: int, folders: list[Path]) -> float:
-    """MB that a fresh process gains by `count` tasks."""
-    argv = json.dumps([form, count, *map(str, folders)])
-    done = subprocess.run(
-        [sys.executable, "-c", GAIN, argv], capture_output=True, text=True, check=True, env={**os.environ}
-    )
-    return float(done.stdout)
+def gained(form: str, count: int, folders: list[Path]) -> str:
+    """MB that fresh processes gain by `count` tasks, of which an allocator may keep some or not: median and spread."""
+    argv = [sys.executable, "-c", GAIN, json.dumps([form, count, *map(str, folders)])]
+    runs = [subprocess.run(argv, capture_output=True, text=True, check=True).stdout for _ in range(PROCESSES)]
+    least, *_, most = values = sorted(map(float, runs))
+    return f"{np.median(values):.0f} ({least:.0f} … {most:.0f})"
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -180,7 +180,7 @@ def report(
         for form in ("split", "merged")
     }
     columns = ("PSS gained, MB", *(f"{count} tasks" for count in COUNTS))
-    print(table(columns, [(form, *(f"{mb:.0f}" for mb in values)) for form, values in gains.items()]))
+    print(table(columns, [(form, *values) for form, values in gains.items()]))
 
 
 if __name__ == "__main__":
