@@ -18,7 +18,7 @@ from export.package import Source, write_manifest
 from export.preprocess import with_preprocessing
 from export.quantize import dynamic, static
 from export.runtime import Classifier, random_pixels, read_json
-from export.store import save
+from export.store import load, save
 from export.wanted import Wanted
 
 if TYPE_CHECKING:
@@ -51,15 +51,13 @@ def add_variants(sources: dict[str, Source], folder: Path, manifest: dict[str, A
         ValueError: a variant that this model has no use for, or that needs images which are not there; one whose output
             is not finite; images of other classes.
     """
-    if not wanted.names:
-        return
     if "int8-static" in wanted.names and manifest["form"] == "split":
         raise ValueError(
             "--quantize int8-static has one set of scales, and each task its own activations; take --quantize int8, or "
             "export the runs one by one"
         )
     data = {task: _data(task, source, wanted) for task, source in sources.items()}
-    proto = onnx.load(folder / manifest["graphs"]["float32"])
+    proto = load(folder / manifest["graphs"]["float32"])
     for name in wanted.names:
         _save(_made(name, proto, folder, next(iter(data.values())), wanted), folder / FILES[name], proto)
         manifest["graphs"][name] = FILES[name]
