@@ -180,7 +180,7 @@ def head_of(form: str, proto: onnx.ModelProto, sources: Mapping[str, Source]) ->
             name: _entry(source, adapter_of(name) if form == "split" else None) for name, source in sources.items()
         },
         "base": next(iter(sources.values())).about["base"],
-        "opset": proto.opset_import[0].version,
+        "opset": next(each.version for each in proto.opset_import if each.domain in ("", "ai.onnx")),
         "exporter": exporter_of(proto),
         "fallback": fallback_of(proto),  # why it is not by the first way that was tried
         "versions": {

@@ -192,6 +192,13 @@ def test_every_opset_computes_the_same(opset, file, tmp_path):
     assert (manifest["exporter"], exporter_of(proto)) == ("dynamo", "dynamo")
 
 
+def test_the_opset_is_onnxs_own_whatever_others_come_first(file):
+    proto = onnx.ModelProto(
+        opset_import=[onnx.helper.make_opsetid("com.microsoft", 1), onnx.helper.make_opsetid("", 18)]
+    )
+    assert package.head_of("merged", proto, {"toy": Source.open(file)})["opset"] == 18
+
+
 def test_the_legacy_exporter_on_request(file, tmp_path):
     manifest = export_command.main([str(file), "--out", str(tmp_path / "package"), "--exporter", "legacy"])
     assert (manifest["exporter"], manifest["opset"]) == ("legacy", 20)
