@@ -66,6 +66,7 @@ def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     try:
         yield temporary
         temporary.chmod(0o777 & ~_umask())  # mkdtemp makes folders only their owner can enter
+        refuse_existing(path)  # another process may have made it meanwhile
         temporary.rename(path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

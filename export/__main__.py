@@ -3,6 +3,8 @@
 """
 
 import argparse
+import functools
+import math
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +30,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     wanted = Wanted.of(args)
     check_choices(args.opset, args.exporter)
     if args.delta:
-        return delta.make(package.Source.open(args.delta), args.base, args.out)
+        return delta.make(package.Source.open(args.delta), args.base, args.out, args.tolerance)
     if args.split:
         runs = split.named(args.split)
         manifest = split.build(runs, args.out, opset=args.opset, tolerance=args.tolerance, then=_adding(runs, wanted))
@@ -48,13 +50,10 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
 
 
 def _adding(sources: dict[str, Any], wanted: Wanted) -> Any:
-    """What makes the variants of a package of these tasks."""
-    from export.package import nothing
+    """What makes the variants of a package of these tasks, where any are wanted."""
     from export.variants import add_variants
 
-    if not wanted.names:
-        return nothing
-    return lambda folder, manifest: add_variants(sources, folder, manifest, wanted)
+    return functools.partial(add_variants, sources, wanted=wanted) if wanted.names else None
 
 
 def _tell(out: Path, manifest: dict[str, Any]) -> None:
@@ -117,6 +116,10 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         parser.error("--delta and --base belong together: what to add, and to which package")
     if (args.split or args.delta) and (args.exporter or args.dynamic_size):
         parser.error("--exporter and --dynamic-size are for RUN_DIR alone; a delta takes those of its base")
+    if args.delta and args.opset:
+        parser.error("--opset is for packages; a delta takes that of its base")
+    if not 0 < args.tolerance < math.inf:
+        parser.error(f"--tolerance {args.tolerance:g} must be a positive number")
     return args
 
 

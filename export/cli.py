@@ -38,3 +38,8 @@ def run(main: Callable[[], Any], stopped: str = "nothing was written") -> None:
             raise
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
+
+
+def first_line(error: BaseException) -> str:
+    """Of what an error says; its class where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -29,16 +29,18 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from export import cli
-from export.runtime import check_files, read_manifest, sha256
-from export.store import save, whole_folder
+from export.runtime import TOLERANCE, check_files, read_manifest
+from export.shape import SHA256, fits
+from export.store import load, save, whole_folder
 
 FORMAT = 1
 TEXTS = ("config.json", "preprocessor_config.json", "manifest.json")
 KEY, GRAPH = "capavision_export_delta", "graph"
 THIN = 1 / 3  # of full rank; beyond it, factors save little
+ROOM = 2**20  # bytes that a package may take beyond what its base suggests
 
 
-def make(source: Any, base: Path, out: Path) -> dict[str, Any]:
+def make(source: Any, base: Path, out: Path, tolerance: float = TOLERANCE) -> dict[str, Any]:
     """Write the delta of a run, an `export.package.Source`, to the package `base`; returns the run's own manifest.
 
     Raises:
@@ -55,9 +57,9 @@ def make(source: Any, base: Path, out: Path) -> dict[str, Any]:
             f"{base} is of {theirs['base']}, and the run of {source.about['base']}; name a package of the same base"
         )
     settings = {"exporter": theirs["exporter"], "dynamic_size": "dynamic_size" in theirs}
-    with tempfile.TemporaryDirectory() as folder, replacing(out) as file:
+    with replacing(out) as file, tempfile.TemporaryDirectory() as folder:
         merged = Path(folder) / "merged"
-        manifest = build(source, merged, opset=theirs["opset"], **settings)
+        manifest = build(source, merged, opset=theirs["opset"], tolerance=tolerance, **settings)
         tensors, same = _difference(base / "model.onnx", merged / "model.onnx")
         texts = {name: (merged / name).read_text() for name in TEXTS}
         about = {"format": FORMAT, "base": theirs["files"]["model.onnx"]["sha256"], "same": same, "texts": texts}
@@ -87,8 +89,8 @@ def _base_manifest(base: Path) -> Any:
 
 def _difference(base: Path, merged: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     """What to store, and which tensors equal one of the base's, by whose name."""
-    graph = onnx.load(merged)
-    own = {t.name: t for t in onnx.load(base).graph.initializer if t.HasField("raw_data")}
+    graph = load(merged)
+    own = {t.name: t for t in load(base).graph.initializer if t.HasField("raw_data")}
     by_bytes = {t.raw_data: name for name, t in own.items()}
     stored: dict[str, np.ndarray] = {}
     same: dict[str, str] = {}
@@ -136,7 +138,7 @@ def added(base: np.ndarray, parts: dict[str, np.ndarray]) -> np.ndarray:
             rows[start : start + step] += block.astype(np.float32)
     if "residual" in parts:
         bits = found.view(np.int32)
-        bits += _unplaned(parts["residual"]).reshape(bits.shape)
+        bits += _unplaned(parts["residual"], bits.nbytes).reshape(bits.shape)
     return found
 
 
@@ -171,8 +173,8 @@ def _planes(bits: np.ndarray) -> bytes:
     return zigzag.view(np.uint8).reshape(-1, 4).T.tobytes()
 
 
-def _unplaned(stored: np.ndarray) -> np.ndarray:
-    planes = np.frombuffer(zlib.decompress(stored.tobytes()), np.uint8).reshape(4, -1)
+def _unplaned(stored: np.ndarray, size: int) -> np.ndarray:
+    planes = np.frombuffer(_inflated(stored, size), np.uint8).reshape(4, -1)
     zigzag = np.ascontiguousarray(planes.T).view("<u4").ravel()
     bits: np.ndarray = ((zigzag >> 1) ^ (0 - (zigzag & 1))).astype(np.uint32).view(np.int32)
     return bits
@@ -180,6 +182,15 @@ def _unplaned(stored: np.ndarray) -> np.ndarray:
 
 def _deflated(content: bytes) -> np.ndarray:
     return np.frombuffer(zlib.compress(content, 6), np.uint8)
+
+
+def _inflated(stored: np.ndarray, most: int) -> bytes:
+    """At most so many bytes: a small file may ask for any amount of memory."""
+    stream = zlib.decompressobj()
+    content = stream.decompress(stored.tobytes(), most + 1)
+    if len(content) > most or not stream.eof:
+        raise ValueError(f"a part is cut off, or longer than {most:,} bytes")
+    return content
 
 
 def apply(file: Path, base: Path, out: Path) -> dict[str, Any]:
@@ -195,31 +206,41 @@ def apply(file: Path, base: Path, out: Path) -> dict[str, Any]:
     theirs = _base_manifest(base)
     if theirs["files"]["model.onnx"]["sha256"] != about["base"]:
         raise ValueError(f"{file} was made for another base package than {base}; name that one")
-    own = {t.name: t for t in onnx.load(base / "model.onnx").graph.initializer}
     try:
-        graph = _assembled(about["same"], stored, own)
-        manifest: dict[str, Any] = json.loads(about["texts"]["manifest.json"])
-        sums = {name: each["sha256"] for name, each in manifest["files"].items()}
-    except (KeyError, TypeError, ValueError, zlib.error, DecodeError) as error:
+        graph = _assembled(about["same"], stored, load(base / "model.onnx").graph)
+    except (LookupError, TypeError, ValueError, ArithmeticError, zlib.error, DecodeError) as error:
         raise ValueError(f"{file} is damaged ({error}); make it again") from error
     with whole_folder(out) as work:
-        save(graph, work / "model.onnx")
         for name in TEXTS:
             (work / name).write_text(about["texts"][name])
-        for name, expected in sums.items():
-            if not (work / name).is_file() or sha256(work / name) != expected:
-                raise ValueError(f"{file} makes another {name} than python -m export wrote; make it again")
+        try:
+            save(graph, work / "model.onnx")
+            manifest = read_manifest(work)
+            check_files(work, manifest)
+            if manifest["files"].keys() != {path.name for path in work.iterdir()} - {"manifest.json"}:
+                raise ValueError("its manifest lists other files")
+        except (ValueError, onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+            raise ValueError(
+                f"{file} makes another package than python -m export wrote ({cli.first_line(error)}); make it again"
+            ) from error
     return manifest
 
 
-def _assembled(same: dict[str, str], stored: dict[str, np.ndarray], own: dict[str, Any]) -> onnx.ModelProto:
-    graph: onnx.ModelProto = onnx.ModelProto.FromString(zlib.decompress(stored[GRAPH].tobytes()))
+def _assembled(same: dict[str, str], stored: dict[str, np.ndarray], base: onnx.GraphProto) -> onnx.ModelProto:
+    nodes, own = sum(node.ByteSize() for node in base.node), {tensor.name: tensor for tensor in base.initializer}
+    graph: onnx.ModelProto = onnx.ModelProto.FromString(_inflated(stored[GRAPH], 4 * nodes + ROOM))
     parts: dict[str, dict[str, np.ndarray]] = {}
     for key, array in stored.items():
         name, _, part = key.rpartition("/")
         parts.setdefault(name, {})[part] = array
+    room = ROOM + 2 * sum(t.ByteSize() for t in own.values()) + sum(array.nbytes for array in stored.values())
     for tensor in [t for t in graph.graph.initializer if t.name in parts or t.name in same]:
+        if tensor.external_data:
+            raise ValueError(f"{tensor.name} lies in another file")
         tensor.raw_data = _bytes(tensor.name, own, same, parts.get(tensor.name, {}))
+        room -= len(tensor.raw_data)
+        if room < 0:
+            raise ValueError("it makes more than twice its base")
     return graph
 
 
@@ -239,12 +260,14 @@ def _read(file: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         with safe_open(file, framework="numpy") as opened:
             about = json.loads((opened.metadata() or {}).get(KEY, "null"))
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (safe_open is no mapping)
-    except (SafetensorError, ValueError) as error:
+    except (SafetensorError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{file} is damaged or no safetensors file ({error}); make it again") from error
-    if not isinstance(about, dict) or not {"format", "base", "same", "texts"} <= about.keys() or GRAPH not in tensors:
+    if not fits(about, {"format": int}) or GRAPH not in tensors:
         raise ValueError(f"{file} is a safetensors file, but not one that python -m export --delta wrote")
     if about["format"] > FORMAT:
         raise ValueError(f"{file} has format {about['format']}, this one reads up to {FORMAT}; upgrade capavision")
+    if not fits(about, {"base": SHA256, "same": {str: str}, "texts": dict.fromkeys(TEXTS, str)}):
+        raise ValueError(f"{file} is damaged: it lacks what python -m export --delta writes; make it again")
     return about, tensors
 
 

@@ -17,13 +17,14 @@ from pathlib import Path
 from typing import Any
 
 import onnx
-import onnxruntime
 import torch
 from torch import Tensor, nn
 
 import capavision as cv
 from export import names
+from export.cli import first_line
 from export.runtime import relative_error
+from export.session import plain
 from export.store import LARGE
 
 OPSETS = (18, 20, 23)  # the widest reach, PyTorch's own choice, the newest that PyTorch writes
@@ -160,8 +161,7 @@ def _cause(error: BaseException) -> BaseException:
 
 def one_line(error: BaseException) -> str:
     """The first line of what an error says, within 300 characters and without the folders of this machine."""
-    first = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return re.sub(r"(?<![\w.])/(?:[\w.+-]+/)+", "…/", first)[:300]
+    return re.sub(r"(?<![\w.])/(?:[\w.+-]+/)+", "…/", first_line(error))[:300]
 
 
 def _refuse_wrong(proto: onnx.ModelProto, model: nn.Module, request: Request) -> None:
@@ -171,9 +171,7 @@ def _refuse_wrong(proto: onnx.ModelProto, model: nn.Module, request: Request) ->
     onnx.checker.check_model(proto, full_check=True)
     if request.inputs:
         return  # their examples are shapes, whose values may be beyond all rounding; the package compares every task
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4  # what it complains of is raised
-    session = onnxruntime.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    session = plain(proto.SerializeToString())
     with torch.no_grad():
         expected = model(request.pixels).numpy()
     found = session.run(["logits"], {"pixel_values": request.pixels.numpy()})[0]
@@ -241,15 +239,18 @@ def _legacy(model: nn.Module, request: Request) -> onnx.ModelProto:
 @contextlib.contextmanager
 def _muted() -> Iterator[None]:
     """No standard output, not even that of C++: legacy prints the whole graph where it fails."""
-    sys.stdout.flush()
-    kept, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 1)
+    try:
+        kept = os.dup(1)
+    except OSError:  # there is none
+        yield
+        return
+    with open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), 1)
     try:
         yield
     finally:
         os.dup2(kept, 1)
         os.close(kept)
-        os.close(nowhere)
 
 
 ATTEMPTS: dict[str, Callable[[nn.Module, Request], onnx.ModelProto]] = {

@@ -53,7 +53,7 @@ def restore(proto: onnx.ModelProto, model: nn.Module) -> None:
     opsets = {each.domain: each.version for each in proto.opset_import}
     for name in sorted(unknown, key=lambda name: uses[name].position if name in uses else 0):  # a weight, then its bias
         names[name] = _by_use(name, uses[name], tensors, names, opsets) if name in uses else name
-    _rename(proto.graph, _unique(names, proto.graph))
+    rename(proto.graph, names)
 
 
 def graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
@@ -183,7 +183,9 @@ def _unique(names: dict[str, str], graph: onnx.GraphProto) -> dict[str, str]:
     return unique
 
 
-def _rename(graph: onnx.GraphProto, names: dict[str, str]) -> None:
+def rename(graph: onnx.GraphProto, names: dict[str, str]) -> None:
+    """Give initializers other names, wherever they are read; a name that is taken gets a number behind it."""
+    names = _unique(names, graph)
     for value in (*graph.initializer, *graph.input):
         value.name = names.get(value.name, value.name)
     for node in nodes(graph):

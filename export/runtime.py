@@ -11,7 +11,7 @@ manifest.json                  checksums, tasks with labels, parity figures and 
 import hashlib
 import json
 from collections.abc import Collection, Sequence
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,10 +19,13 @@ import onnxruntime
 from PIL import Image
 
 from export import session as sessions
+from export.cli import first_line
 from export.images import Picture, decode
+from export.shape import PREPROCESSOR, fits, whole
 
 SCHEMA = 2
 TOLERANCE = 1e-4  # largest |difference| / largest |logit|
+BATCH = 64  # images a run, however many are asked about
 
 
 def sha256(path: Path) -> str:
@@ -52,7 +55,7 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text())
     except FileNotFoundError:
         raise ValueError(f"{path.parent} is no exported package: {path.name} is missing") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is damaged ({error}); export again") from error
 
 
@@ -67,23 +70,9 @@ def read_manifest(folder: Path) -> Any:
     if type(found) is int and found != SCHEMA:
         cure = "upgrade capavision" if found > SCHEMA else "export again"
         raise ValueError(f"{folder} has format {found}, this runtime reads {SCHEMA}; {cure}")
-    if found is None or not _whole(manifest):
+    if type(found) is not int or not whole(manifest):
         raise ValueError(f"{folder / 'manifest.json'} is damaged; export again")
     return manifest
-
-
-def _whole(manifest: dict[str, Any]) -> bool:
-    try:
-        files, graphs, tasks = (manifest[key] for key in ("files", "graphs", "tasks"))
-        adapters = [task["adapter"] for task in tasks.values()]
-        inside = not any(PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts for name in files)
-        named = {*graphs.values(), *filter(None, adapters)} <= files.keys()
-        told = all({"labels", "parity", "probe"} <= task.keys() for task in tasks.values())
-        told = told and all("sha256" in each for each in files.values())
-        split = manifest["form"] != "split" or (all(adapters) and {"base_sha256", "slots"} <= manifest.keys())
-        return bool(graphs and tasks and inside and named and told and split)
-    except (KeyError, TypeError, AttributeError):
-        return False
 
 
 def check_files(folder: Path, manifest: Any, but: Collection[str] = ()) -> None:
@@ -138,6 +127,8 @@ class Classifier:
             self.folder, self.manifest, but={*graphs.values(), *(f"{g}.data" for g in graphs.values())} - {graph, data}
         )
         self.preprocessor = read_json(self.folder / "preprocessor_config.json")
+        if not fits(self.preprocessor, PREPROCESSOR):
+            raise ValueError(f"{self.folder / 'preprocessor_config.json'} is damaged; export again")
         identity = [files[name]["sha256"] for name in (graph, data) if name in files]
         size = self.preprocessor["size"]["height"]
         self.session = sessions.session(self.folder / graph, identity, size, threads, providers)
@@ -220,10 +211,15 @@ class Classifier:
         """Logits (n, classes) of uint8 images (n, H, W, 3), for `task` or else the current one.
 
         Raises:
-            ValueError: an unknown task; pixels of another dtype, layout or size.
+            ValueError: an unknown task; pixels of another dtype, layout or size; a graph that does not run.
         """
         given, options = {"pixel_values": self.normalize(pixels)}, self.run_options(task)
-        logits: np.ndarray = self.session.run(["logits"], given, options)[0]
+        try:
+            logits: np.ndarray = self.session.run(["logits"], given, options)[0]
+        except Exception as error:  # onnxruntime raises classes of its own
+            raise ValueError(
+                f"{self.folder}: {self.variant} does not run for {task or self._task} ({first_line(error)})"
+            ) from error
         return logits
 
     def run_options(self, task: str | None = None) -> onnxruntime.RunOptions | None:
@@ -248,10 +244,16 @@ class Classifier:
             ValueError: an unknown task, an image that does not decode.
         """
         task = self._task if task is None else self._known(task)
-        if not len(images):
-            return []
+        batches = (images[start : start + BATCH] for start in range(0, len(images), BATCH))
+        return [row for batch in batches for row in self._predicted(batch, top, task)]
+
+    def _predicted(self, images: Sequence[Picture], top: int, task: str) -> list[list[tuple[str, float]]]:
         labels = self.manifest["tasks"][task]["labels"]
         logits = self.logits(np.stack([self.preprocess(image) for image in images]), task).astype(np.float64)
+        if logits.shape[1:] != (len(labels),):
+            raise ValueError(
+                f"{self.folder}: {task} has logits of {logits.shape}, and {len(labels)} labels; export again"
+            )
         exponent = np.exp(logits - logits.max(1, keepdims=True))
         probabilities = exponent / exponent.sum(1, keepdims=True)
         best = np.argsort(-probabilities, axis=1)[:, :top]

@@ -11,6 +11,8 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 
+from export.cli import first_line
+
 PROVIDERS = {  # by preference; ONNX Runtime offers what it was built with
     "cuda": "CUDAExecutionProvider",
     "tensorrt": "TensorrtExecutionProvider",
@@ -63,6 +65,14 @@ def session(
     return found
 
 
+def plain(graph: Path | bytes) -> onnxruntime.InferenceSession:
+    """A session on the CPU, to compare with; what it complains of it raises, and does not print too."""
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    model = graph if isinstance(graph, bytes) else str(graph)
+    return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+
+
 def _open(graph: Path, size: int, threads: int | None, wanted: list[str]) -> onnxruntime.InferenceSession:
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3  # it warns of every slot
@@ -73,7 +83,7 @@ def _open(graph: Path, size: int, threads: int | None, wanted: list[str]) -> onn
         opened = onnxruntime.InferenceSession(str(graph), options, providers=wanted)
         opened.run(None, {"pixel_values": np.zeros((1, 3, size, size), np.float32)})  # the first run is slow
     except Exception as error:  # onnxruntime raises classes of its own
-        raise ValueError(f"{graph} does not load ({str(error).splitlines()[0]}); export again") from error
+        raise ValueError(f"{graph} does not load ({first_line(error)}); export again") from error
     return opened
 
 
@@ -94,7 +104,7 @@ def adapter(path: Path, slots: Collection[str], base_sha256: str) -> onnxruntime
         loaded = onnxruntime.LoraAdapter()
         loaded.Load(str(path))
     except Exception as error:  # onnxruntime raises classes of its own
-        raise ValueError(f"{path} does not load ({str(error).splitlines()[0]}); export again") from error
+        raise ValueError(f"{path} does not load ({first_line(error)}); export again") from error
     if version != model_version(base_sha256):
         raise ValueError(f"{path} was made for another base graph; take the adapter of this package, or export again")
     if wrong := sorted(names ^ set(slots)):

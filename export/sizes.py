@@ -3,11 +3,12 @@
 from pathlib import Path
 
 import numpy as np
-import onnxruntime
 import torch
 from torch import nn
 
+from export.cli import first_line
 from export.runtime import relative_error
+from export.session import plain
 
 
 def other(size: int) -> tuple[int, int]:
@@ -22,9 +23,9 @@ def refuse_fixed(model: nn.Module, size: int) -> None:
         with torch.inference_mode():
             model(torch.zeros(1, 3, height, width))
     except Exception as error:  # architectures raise what they like
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(
-            f"{architecture(model)} takes images of {size} × {size} only ({reason}); export without --dynamic-size"
+            f"{architecture(model)} takes images of {size} × {size} only ({first_line(error)}); export without "
+            "--dynamic-size"
         ) from error
 
 
@@ -34,8 +35,7 @@ def compare(path: Path, model: nn.Module, size: int, tolerance: float) -> dict[s
     Raises:
         ValueError: one above `tolerance`, or a size that the graph does not take.
     """
-    session = onnxruntime.InferenceSession(str(path), _quiet(), providers=["CPUExecutionProvider"])
-    errors = {}
+    session, errors = plain(path), {}
     for height, width in ((size, size), other(size)):
         pixels = np.random.default_rng(height).normal(size=(2, 3, height, width)).astype(np.float32)
         with torch.inference_mode():
@@ -60,9 +60,3 @@ def architecture(model: nn.Module) -> str:
 def _unfit(model: nn.Module, height: int, width: int, what: str) -> str:
     traced = f"{architecture(model)}, traced with a dynamic size"
     return f"{traced}: at {height} × {width}, {what}; export without --dynamic-size"
-
-
-def _quiet() -> onnxruntime.SessionOptions:
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4  # what a run complains of is raised
-    return options

@@ -23,29 +23,20 @@ import capavision as cv
 from capavision import host as hosting
 from capavision.attention import classifier, is_weighted
 from capavision.ending import remove
-from capavision.files import new_folder, refuse_existing
+from capavision.files import new_folder
 from capavision.inject import base_tensors, injections
 from capavision.state import trained
 from export.graph import folded, to_onnx
-from export.names import nodes
-from export.package import (
-    Source,
-    Then,
-    entry,
-    head_of,
-    measure,
-    nothing,
-    parity,
-    write_configs,
-    write_graph,
-    write_manifest,
-)
+from export.names import rename
+from export.package import Source, Then, adapter_of, head_of, write, write_manifest
+from export.parity import parity
 from export.runtime import TOLERANCE, Classifier
 from export.session import model_version
 from export.slots import EXAMPLE, Slot, free_axes, opened
 
 MERGED = "export it merged, python -m export RUN --out DIR"
 CLASSES = "classes"  # the free axis of a head
+LONGEST = 200  # bytes of a task's name: file systems end at 255, and a name has an ending
 _INNER = "model."
 
 
@@ -91,7 +82,7 @@ def named(arguments: Sequence[str]) -> dict[str, Source]:
         given = bool(equals) and not Path(argument).exists()
         source = Source.open(Path(path if given else argument))
         name = name if given else source.task
-        if not re.fullmatch(r"\w[\w.-]*", name):
+        if not re.fullmatch(r"\w[\w.-]*", name) or len(name.encode()) > LONGEST:
             raise ValueError(f"{argument}: {name!r} cannot name a file; give another name: NAME={argument}")
         if name.casefold() in map(str.casefold, found):
             raise ValueError(f"{argument} is the second run of task {name}; tell them apart: --split NAME={argument}")
@@ -105,38 +96,27 @@ def build(
     *,
     opset: int | None = None,
     tolerance: float = TOLERANCE,
-    then: Then = nothing,
+    then: Then | None = None,
 ) -> dict[str, Any]:
-    """Write the split package of `sources`, by task, to `out`, whole or not at all; returns its manifest.
-
-    Args:
-        then: what is still done to the folder and the manifest, before the folder is moved into place.
+    """Write the split package of `sources`, by task, to `out`; all else is as in `export.package.build`.
 
     Raises:
-        ValueError: `out` exists; runs on different bases, sizes or preprocessings; a delta without low-rank factors;
-            adapters that differ in more than values; a graph and a model in PyTorch that disagree.
-        OSError: the disk is full.
+        ValueError: also runs on different bases, sizes or preprocessings; a delta without low-rank factors; adapters
+            that differ in more than values.
     """
-    refuse_existing(out)
-    first = next(iter(sources.values()))
-    base = _common_base(sources)
-    slots = _slots(sources)
+    base, slots = _common_base(sources), _slots(sources)
     openings = _openings(sources, base, slots)
-    proto, base_sha256 = _graph(base, slots, openings, first, opset)
     with new_folder(out) as work:
-        write_graph(proto, work)
-        write_configs(first, work)
+        proto, base_sha256 = _graph(base, slots, openings, next(iter(sources.values())), opset)
+        manifest = head_of("split", proto, sources) | {"base_sha256": base_sha256, "slots": list(openings)}
         (work / "adapters").mkdir()
-        manifest = head_of("split", proto, first) | {"base_sha256": base_sha256, "slots": list(openings)}
         for name, source in sources.items():
-            manifest["tasks"][name] = entry(source, f"adapters/{name}.onnx_adapter")
-            write_adapter(work / f"adapters/{name}.onnx_adapter", _values(source, slots[name], openings), base_sha256)
-        write_manifest(work, manifest)  # the classifier wants one, the figures follow
-        runtime = Classifier(work)
-        measure(manifest, sources, runtime, tolerance)
+            write_adapter(work / adapter_of(name), _values(source, slots[name], openings), base_sha256)
+        runtime = write(proto, manifest, sources, work, tolerance)
         manifest["base_parity"] = parity(lambda pixels: _unadapted(runtime, pixels), base, runtime, tolerance)
         write_manifest(work, manifest)
-        then(work, manifest)
+        if then:
+            then(work, manifest)
     return manifest
 
 
@@ -274,26 +254,13 @@ def _graph(
     }
     wrapped = Opened(model.eval(), list(openings)).eval()
     proto = to_onnx(wrapped, first.preprocessing["size"], first.labels, opset, exporter="dynamo", inputs=inputs)
-    _rename(proto.graph)
+    rename(proto.graph, {tensor.name: tensor.name.removeprefix(_INNER) for tensor in proto.graph.initializer})
     base_sha256 = _checksum(proto.graph)
     proto.metadata_props.add(key="base_sha256", value=base_sha256)
     for name, opening in openings.items():
         default = np.ascontiguousarray(opening.default.numpy())
         proto.graph.initializer.append(onnx.numpy_helper.from_array(default, name))
     return proto, base_sha256
-
-
-def _rename(graph: onnx.GraphProto) -> None:
-    """Parameters by the names that they have without `Opened` around the model."""
-    new, taken = {}, {value.name for value in graph.input}
-    for initializer in graph.initializer:
-        name = initializer.name.removeprefix(_INNER)
-        while name in taken:  # two of one value, and the other one is a slot
-            name += "_2"
-        taken.add(name)
-        new[initializer.name] = initializer.name = name
-    for node in nodes(graph):
-        node.input[:] = [new.get(name, name) for name in node.input]
 
 
 def _checksum(graph: onnx.GraphProto) -> str:

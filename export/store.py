@@ -7,6 +7,8 @@ from pathlib import Path
 
 import onnx
 
+from export.cli import first_line
+
 LARGE = 1536 << 20  # bytes of weights; protobuf ends at 2 GB, and a graph grows when its variants are made
 INLINE = 1024  # bytes; a smaller tensor stays in the graph, where shapes must be known
 
@@ -31,6 +33,21 @@ def save(proto: onnx.ModelProto, path: Path, large: int = LARGE) -> None:
     onnx.checker.check_model(str(path), full_check=True)
 
 
+def load(path: Path) -> onnx.ModelProto:
+    """A graph with its weights.
+
+    Raises:
+        ValueError: it is damaged, or its weights lie outside its folder.
+        OSError: it is not there.
+    """
+    try:
+        return onnx.load(path)
+    except OSError:
+        raise
+    except Exception as error:  # protobuf and onnx raise classes of their own
+        raise ValueError(f"{path} does not load ({first_line(error)}); export again") from error
+
+
 @contextlib.contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
     """A temporary folder beside `path`; it becomes `path` when the block ends well, and vanishes when not.
@@ -46,4 +63,6 @@ def whole_folder(path: Path) -> Iterator[Path]:
         folder = Path(hidden) / path.name  # mkdtemp makes folders that only their owner can enter
         folder.mkdir()
         yield folder
+        if path.exists():
+            raise ValueError(f"{path} was made by another process meanwhile; name another folder, or delete it first")
         folder.rename(path)

@@ -59,7 +59,7 @@ def _add(repository: Path, classifier: Classifier, task: str, limits: Mapping[st
     if (repository / task).exists():
         raise ValueError(f"{classifier.folder} and a package before it both have a task {task!r}; give each its --out")
     about = classifier.manifest["tasks"][task]
-    proto = onnx.load(classifier.folder / classifier.manifest["graphs"][classifier.variant])
+    proto = store.load(classifier.folder / classifier.manifest["graphs"][classifier.variant])
     if about["adapter"]:
         adapter = onnxruntime.AdapterFormat.read_adapter(str(classifier.folder / about["adapter"]))
         fill(proto, {name: value.numpy() for name, value in adapter.get_parameters().items()}, len(about["labels"]))

@@ -13,12 +13,12 @@ import numpy as np
 import onnx
 
 from export import splits
-from export.half import half
+from export.half import Watch, half
 from export.package import Source, write_manifest
 from export.preprocess import with_preprocessing
 from export.quantize import dynamic, static
 from export.runtime import Classifier, random_pixels, read_json
-from export.store import save
+from export.store import load, save
 from export.wanted import Wanted
 
 if TYPE_CHECKING:
@@ -35,6 +35,7 @@ KINDS = {  # of those that compute with other numbers
     "int8-static": "static QDQ: MatMul, Gemm and Conv, int8 weights per channel, uint8 activations",
     "float16": "float16 weights and arithmetic, float32 inputs and outputs",
 }
+WATCHED = 8  # images whose values must stay in float16's range
 RANDOM = {"seed": 20240702, "images": 64}  # pixels to compare on where there are no images
 
 
@@ -51,19 +52,19 @@ def add_variants(sources: dict[str, Source], folder: Path, manifest: dict[str, A
         ValueError: a variant that this model has no use for, or that needs images which are not there; one whose output
             is not finite; images of other classes.
     """
-    if not wanted.names:
-        return
     if "int8-static" in wanted.names and manifest["form"] == "split":
         raise ValueError(
             "--quantize int8-static has one set of scales, and each task its own activations; take --quantize int8, or "
             "export the runs one by one"
         )
     data = {task: _data(task, source, wanted) for task, source in sources.items()}
-    proto = onnx.load(folder / manifest["graphs"]["float32"])
+    proto = load(folder / manifest["graphs"]["float32"])
     for name in wanted.names:
         _save(_made(name, proto, folder, next(iter(data.values())), wanted), folder / FILES[name], proto)
         manifest["graphs"][name] = FILES[name]
     write_manifest(folder, manifest)
+    if "float16" in wanted.names:
+        _refuse_overflow(proto, Classifier(folder), data)
     for name in wanted.names:
         if name in KINDS:
             manifest["quantization"][name] = _measured(name, folder, sources, data, wanted)
@@ -106,6 +107,14 @@ def calibration(runtime: Classifier, data: "Data", wanted: Wanted) -> np.ndarray
     split = data.splits["train"]
     drawn = np.random.default_rng(wanted.calibration_seed).permutation(len(split))[: wanted.calibration_images]
     return runtime.normalize(split.decode(runtime.preprocessor["size"]["height"])[np.sort(drawn)])
+
+
+def _refuse_overflow(proto: onnx.ModelProto, runtime: Classifier, data: "dict[str, Data | None]") -> None:
+    """Raise ValueError if a value of the graph leaves float16's range on some of the images that there are."""
+    watch, size = Watch(proto), runtime.preprocessor["size"]["height"]
+    for task, images in data.items():
+        few = images.splits["val"].head(WATCHED).decode(size) if images else random_pixels(0, WATCHED, size)
+        watch.check(runtime.normalize(few), runtime.run_options(task))
 
 
 def _save(proto: onnx.ModelProto, path: Path, like: onnx.ModelProto) -> None:

@@ -46,10 +46,10 @@ def _probe(classifier: Classifier, name: str) -> float:
     task = classifier.manifest["tasks"][name]
     probe, tolerance = task["probe"], task["parity"]["tolerance"]
     pixels = random_pixels(probe["seed"], probe["count"], classifier.preprocessor["size"]["height"])
-    found, expected = classifier.logits(pixels, name), np.array(probe["logits"], np.float32)
-    if found.shape != expected.shape or found.shape[1] != len(task["labels"]):
-        classes = f"{found.shape[1]} classes, its probe {expected.shape[1]} and its labels {len(task['labels'])}"
-        raise ValueError(f"{classifier.folder}: the graph of {name} has {classes}; export again")
+    found, expected = classifier.logits(pixels, name), np.array(probe["logits"], np.float64)
+    if found.shape != expected.shape or found.shape[1:] != (len(task["labels"]),):
+        shapes = f"logits of {found.shape}, its probe {expected.shape}, and it has {len(task['labels'])} labels"
+        raise ValueError(f"{classifier.folder}: {name} has {shapes}; export again")
     error = relative_error(found, expected)
     if not error <= tolerance:
         raise ValueError(

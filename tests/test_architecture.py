@@ -11,6 +11,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RUNNING = {
     "export/runtime.py",
     "export/session.py",
+    "export/shape.py",
     "export/predict.py",
     "export/verify.py",
     "export/cli.py",

@@ -24,8 +24,8 @@ from export.families import FAMILIES, KWARGS
 from export.graph import exporter_of, fallback_of, folded, to_onnx
 from export.names import nodes
 from export.package import Source, build
-from export.runtime import Classifier, random_pixels, relative_error
-from export.store import save
+from export.runtime import Classifier, random_pixels, relative_error, sha256
+from export.store import load, save
 from tests.conftest import awaken, awaken_deltas, create, images, outputs, twin
 from tests.test_export import CLASSES, INFO, METHODS, refused
 
@@ -192,6 +192,13 @@ def test_every_opset_computes_the_same(opset, file, tmp_path):
     assert (manifest["exporter"], exporter_of(proto)) == ("dynamo", "dynamo")
 
 
+def test_the_opset_is_onnxs_own_whatever_others_come_first(file):
+    proto = onnx.ModelProto(
+        opset_import=[onnx.helper.make_opsetid("com.microsoft", 1), onnx.helper.make_opsetid("", 18)]
+    )
+    assert package.head_of("merged", proto, {"toy": Source.open(file)})["opset"] == 18
+
+
 def test_the_legacy_exporter_on_request(file, tmp_path):
     manifest = export_command.main([str(file), "--out", str(tmp_path / "package"), "--exporter", "legacy"])
     assert (manifest["exporter"], manifest["opset"]) == ("legacy", 20)
@@ -313,6 +320,17 @@ def test_a_model_that_neither_traces_is_refused_with_both_reasons(capfd):
     assert capfd.readouterr().out == "", "legacy prints the graph, with paths"
 
 
+def test_without_a_standard_output_legacy_exports_all_the_same():
+    kept = os.dup(1)
+    os.close(1)
+    try:
+        proto = to_onnx(Twins().eval(), 8, {}, exporter="legacy")
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
+    assert exporter_of(proto) == "legacy"
+
+
 # No trace of this machine --------------------------------------------------------------------------------------------
 
 ABSOLUTE = rb"(?:[A-Z]:\\|/)(?:home|Users|root|usr|opt|tmp|var|work|mnt|srv|builds?|private)[/\\]"
@@ -371,6 +389,25 @@ def test_a_large_package_is_whole_and_a_flipped_byte_in_its_data_is_caught(file,
     content[len(content) // 2] ^= 1
     data.write_bytes(content)
     assert "model.onnx.data was changed" in refused(capsys, verify.main, tmp_path / "package")
+
+
+def test_weights_outside_the_package_are_refused(file, tmp_path, monkeypatch, capsys):
+    """The checksums are made to fit."""
+    monkeypatch.setattr(package, "save", lambda proto, path: save(proto, path, large=1000))
+    folder = tmp_path / "package"
+    build(Source.open(file), folder)
+    proto = onnx.load(folder / "model.onnx", load_external_data=False)
+    for tensor in proto.graph.initializer:
+        for entry in tensor.external_data:
+            entry.value = "../outside.data" if entry.key == "location" else entry.value
+    (folder / "model.onnx").write_bytes(proto.SerializeToString())
+    (tmp_path / "outside.data").write_bytes((folder / "model.onnx.data").read_bytes())
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["files"]["model.onnx"]["sha256"] = sha256(folder / "model.onnx")
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    assert "model.onnx does not load" in refused(capsys, verify.main, folder)
+    with pytest.raises(ValueError, match="model.onnx does not load"):
+        load(folder / "model.onnx")
 
 
 @pytest.mark.skipif(

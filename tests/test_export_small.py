@@ -15,7 +15,8 @@ from PIL import Image
 
 import capavision as cv
 from export import __main__ as export_command
-from export import accuracy, agreement, bench, cli, memory, verify
+from export import accuracy, agreement, bench, cli, memory, session, store, variants, verify
+from export import package as package_module
 from export.graph import to_onnx
 from export.half import half
 from export.package import Source
@@ -209,6 +210,29 @@ def test_weights_beyond_float16_are_refused_and_logits_that_are_not_finite(copie
             add({"digits": Source.open(run)}, copied, "float16")
 
 
+def test_values_between_the_layers_beyond_float16_are_refused(copied, run, tmp_path):
+    """On the CPU the logits are fine, on a GPU they would be none."""
+    proto = onnx.load(copied / "model.onnx")
+    fc1, fc2 = (
+        next(i for i in proto.graph.initializer if i.name == f"blocks.0.mlp.{n}.weight.T") for n in ("fc1", "fc2")
+    )
+    factor = 6e4 / np.abs(onnx.numpy_helper.to_array(fc1)).max()
+    for weight, by in ((fc1, factor), (fc2, 1 / factor)):
+        array = onnx.numpy_helper.to_array(weight) * np.float32(by)
+        weight.CopyFrom(onnx.numpy_helper.from_array(array, weight.name))
+    onnx.save(proto, copied / "model.onnx")
+    for file in (run, bare(tmp_path / "a.safetensors", task="mine")):  # with images, and without
+        with pytest.raises(ValueError, match=r"--half: \S+ reaches [\d.e+]+, and float16 ends at 65504: on a GPU"):
+            add({"digits": Source.open(file)}, copied, "float16")
+
+
+def test_a_graph_beyond_2_gb_is_not_halved(copied, monkeypatch):
+    proto = onnx.load(copied / "model.onnx")
+    monkeypatch.setattr("export.half.LIMIT", 100_000)
+    with pytest.raises(ValueError, match="--half: the converter takes no graph of more than 2 GB"):
+        half(proto)
+
+
 def test_without_a_run_the_agreement_on_random_pixels_is_told_and_called_so(copied, tmp_path, capsys):
     source = Source.open(bare(tmp_path / "a.safetensors", task="mine"))
     about = add({"digits": source}, copied, "int8")["quantization"]["int8"]
@@ -258,6 +282,31 @@ def test_the_variants_of_a_split_package_serve_every_task(tmp_path):
         pillow, graph = agreement.both(plain, session, Image.fromarray(random_pixels(6, 1, 50)[0]))
         assert np.abs(pillow - graph).max() < 1e-2
     assert set(manifest["slots"]) <= {i.name for i in onnx.load(out / FILES["int8"]).graph.initializer}
+
+
+@pytest.mark.parametrize("kind", ["dynamic size", "external data"])
+def test_every_variant_of_a_graph_of_any_size_and_of_a_large_one(kind, tmp_path, monkeypatch):
+    if kind == "external data":
+        for module in (package_module, variants):
+            monkeypatch.setattr(module, "save", lambda proto, path: store.save(proto, path, large=1000))
+    out, flags = tmp_path / "package", ["--dynamic-size"] if kind == "dynamic size" else []
+    file = bare(tmp_path / "a.safetensors")
+    argv = [str(file), "--out", str(out), "--quantize", "int8", "--half", "--preprocess", *flags]
+    manifest = export_command.main(argv)
+    assert ("model_int8.onnx.data" in manifest["files"]) == (kind == "external data")
+    assert verify.main([str(out)]) < 1e-5
+    pixels, plain = random_pixels(5, 8, 32), Classifier(out)
+    static_int8 = static(store.load(out / "model.onnx"), plain.normalize(pixels))
+    found = session.plain(static_int8.SerializeToString()).run(None, {"pixel_values": plain.normalize(pixels)})
+    assert np.isfinite(found[0]).all()
+    assert found[0].shape == (8, 10)
+    for name, worst in (("int8", 0.2), ("float16", 0.01)):
+        small = Classifier(out, variant=name)
+        assert relative_error(small.logits(pixels), plain.logits(pixels)) < worst
+        if kind == "dynamic size":
+            assert small.logits(random_pixels(5, 2, 64)).shape == (2, 10)
+    both = agreement.both(plain, agreement.opened(out, manifest), Image.fromarray(random_pixels(6, 1, 50)[0]))
+    assert np.abs(both[0] - both[1]).max() < 1e-2
 
 
 def test_the_graph_resizes_as_pillow_does_to_one_grey_level():

@@ -2,10 +2,13 @@
 
 import gc
 import json
+import re
 import shutil
 import subprocess
 import sys
 import threading
+import tracemalloc
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -14,6 +17,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from safetensors.numpy import save_file as save_numpy
 from safetensors.torch import save_file
 
 import capavision as cv
@@ -370,7 +374,7 @@ def test_tasks_and_adapters_belong_together(copied, capsys):
 
     (copied / "manifest.json").write_text(whole)
     spoil(copied, swap)
-    assert "the graph of first has 5 classes" in refused(capsys, verify.main, copied)
+    assert "first has logits of (1, 5), its probe (1, 3), and it has 3 labels" in refused(capsys, verify.main, copied)
     (copied / "manifest.json").write_text(whole)
     path = adapters / "second.onnx_adapter"
     values = adapter_values(path)
@@ -404,6 +408,106 @@ def test_a_damaged_manifest_is_one_line(copied, capsys):
         spoil(copied, change)
         assert "manifest.json is damaged; export again" in refused(capsys, verify.main, copied)
         (copied / "manifest.json").write_text(whole)
+
+
+JUNK = (None, [], {}, 1, -1, "x", 1e999, [["x"]], 10**400)
+TOLD = {"versions", "base", "base_parity", "methods", "opset", "exporter", "fallback", "quantization", "relative_error"}
+
+
+def branches(node, path=()):
+    """The paths to all values of a JSON file, of long lists to the first two, and none into what no runtime reads."""
+    yield path
+    if TOLD & {*path}:
+        return
+    items = node.items() if isinstance(node, dict) else enumerate(node[:2]) if isinstance(node, list) else ()
+    for key, value in items:
+        yield from branches(value, (*path, key))
+
+
+def spoilt(whole):
+    """Every way to put junk in the place of a value."""
+    for path in branches(whole):
+        for junk in JUNK:
+            copy = {"": json.loads(json.dumps(whole))}
+            *above, last = ("", *path)
+            node = copy
+            for key in above:
+                node = node[key]
+            if node[last] != junk:
+                node[last] = junk
+                yield (*path, junk), copy[""]
+
+
+SAYS = "damaged|does not load|has format|has no task|off by|logits of|unlike what|is missing|pixels must be"
+
+
+def taken(call):
+    """Whether junk was let in; what refuses it says why."""
+    try:
+        call()
+    except ValueError as error:
+        said = str(error)
+    else:
+        return True
+    assert re.search(SAYS, said), said
+    return False
+
+
+def test_junk_anywhere_in_a_manifest_is_refused_or_never_read(copied):
+    kept, path = Classifier(copied), copied / "manifest.json"
+    let_in = []
+    for what, manifest in spoilt(json.loads(path.read_text())):
+        path.write_text(json.dumps(manifest))
+        if taken(lambda: verify.main([str(copied)])):
+            let_in.append(what)
+    assert kept.tasks
+    unread = TOLD | {"bytes", "source_sha256", "tolerance", "distance_to_base"}
+    for what in let_in:
+        assert unread & {*what[:-1]} or (what[2:3], what[-1]) == (("labels",), "x"), what
+
+
+def test_junk_anywhere_in_the_preprocessing_is_refused_or_never_read(copied):
+    path = copied / "preprocessor_config.json"
+    for what, preprocessor in spoilt(json.loads(path.read_text())):
+        path.write_text(json.dumps(preprocessor))
+        spoil(copied, lambda manifest: None)
+        let_in = taken(lambda: Classifier(copied).predict([random_pixels(0, 1, 32)[0]]))
+        assert not let_in or what[0].startswith(("do_", "re")) or what[-1] in (1, -1), what
+
+
+def test_a_manifest_nested_beyond_reason_is_one_line(copied, capsys):
+    (copied / "manifest.json").write_text("[" * 200_000)
+    assert "manifest.json is damaged" in refused(capsys, verify.main, copied)
+
+
+def test_an_adapter_whose_values_do_not_fit_the_graph_is_one_line(copied, capsys):
+    path = copied / "adapters" / "first.onnx_adapter"
+    values = adapter_values(path)
+    name = next(name for name in values if name.endswith("delta.down") and values[name].shape[1] > 1)
+    for wrong in (values[name][:, :1], values[name].astype(np.float16), values[name][None]):
+        split.write_adapter(path, {**values, name: np.ascontiguousarray(wrong)}, read_manifest(copied)["base_sha256"])
+        spoil(copied, lambda manifest: None)
+        assert "float32 does not run for first" in refused(capsys, verify.main, copied)
+
+
+def test_labels_that_are_not_as_many_as_the_logits_are_refused(copied):
+    spoil(copied, lambda manifest: manifest["tasks"]["second"]["labels"].pop())
+    with pytest.raises(ValueError, match=r"second has logits of \(1, 5\), and 4 labels; export again"):
+        Classifier(copied, "second").predict([random_pixels(1, 1, 32)[0]])
+
+
+def test_many_images_take_no_more_memory_than_a_batch(package, monkeypatch):
+    runtime, images = Classifier(package), list(random_pixels(1, 10, 32))
+    one_by_one = [runtime.predict([image])[0] for image in images]
+    sizes = []
+    normalize = runtime.normalize
+    monkeypatch.setattr(runtime, "normalize", lambda pixels: sizes.append(len(pixels)) or normalize(pixels))
+    monkeypatch.setattr("export.runtime.BATCH", 4)
+    found = runtime.predict(images)
+    assert sizes == [4, 4, 2]
+    for row, expected in zip(found, one_by_one, strict=True):
+        assert [label for label, _ in row] == [label for label, _ in expected]
+        assert [p for _, p in row] == pytest.approx([p for _, p in expected], abs=1e-5)
 
 
 # What is refused -----------------------------------------------------------------------------------------------------
@@ -453,7 +557,9 @@ def test_tasks_are_told_apart_by_names_that_files_can_have(files, tmp_path, caps
     first, out = files["first"], tmp_path / "package"
     said = refused(capsys, export_command.main, "--split", first, first, "--out", out)
     assert f"is the second run of task first; tell them apart: --split NAME={first}" in said
-    assert "'a/b' cannot name a file" in refused(capsys, export_command.main, "--split", f"a/b={first}", "--out", out)
+    for name in ("a/b", "..", "a" * 201, "ö" * 101, "a\nb", ""):
+        said = refused(capsys, export_command.main, "--split", f"{name}={first}", "--out", out)
+        assert "cannot name a file" in said
     assert list(split.named([str(first), f"again={first}"])) == ["first", "again"]
 
 
@@ -472,6 +578,10 @@ def test_flags_that_do_not_go_together_are_refused(files, package, tmp_path, cap
         "give one of RUN_DIR, --split RUN1 RUN2 … and --delta RUN": [[run, "--delta", run, "--base", package], []],
         "--delta and --base belong together": [["--delta", run], [run, "--base", package]],
         "--exporter and --dynamic-size are for RUN_DIR alone": [["--split", run, "--dynamic-size"]],
+        "--opset is for packages; a delta takes that of its base": [
+            ["--delta", run, "--base", package, "--opset", "18"]
+        ],
+        "must be a positive number": [[run, "--tolerance", x] for x in ("nan", "inf", "0", "-1")],
     }
     for message, lines in cases.items():
         for argv in lines:
@@ -568,3 +678,80 @@ def test_a_delta_is_refused_by_name_where_it_does_not_fit(bases, files, delta_fi
     assert "is damaged or no safetensors file" in apply(file=tmp_path / "cut")
     assert "but not one that python -m export --delta wrote" in apply(file=run)
     assert not (tmp_path / "out").exists()
+
+
+def rewritten(file, out, tensors=None, **about):
+    """A delta file with other contents."""
+    old, stored = delta._read(file)
+    stored |= tensors or {}
+    save_numpy({k: np.ascontiguousarray(v) for k, v in stored.items()}, out, {delta.KEY: json.dumps({**old, **about})})
+    return out
+
+
+def bomb(size):
+    stream = zlib.compressobj()
+    block = bytes(1 << 20)
+    return np.frombuffer(b"".join([stream.compress(block) for _ in range(size >> 20)] + [stream.flush()]), np.uint8)
+
+
+def test_a_hostile_delta_is_one_line_and_takes_no_memory(bases, delta_file, tmp_path, capsys):
+    _, tensors = delta._read(delta_file)
+    down = next(name for name in tensors if name.endswith("/down"))
+    up, residual = (f"{down.rpartition('/')[0]}/{part}" for part in ("up", "residual"))
+    texts = delta._read(delta_file)[0]["texts"]
+    manifest = json.loads(texts["manifest.json"])
+    float32 = np.float32
+    skeleton = onnx.ModelProto.FromString(zlib.decompress(tensors["graph"].tobytes()))
+
+    def graph(change):
+        proto = onnx.ModelProto()
+        proto.CopyFrom(skeleton)
+        change(proto.graph)
+        return {"graph": np.frombuffer(zlib.compress(proto.SerializeToString()), np.uint8)}
+
+    def elsewhere(graph):
+        for tensor in graph.initializer:
+            tensor.data_location = onnx.TensorProto.EXTERNAL
+            tensor.external_data.add(key="location", value="../outside")
+
+    def many(graph):
+        largest = max(graph.initializer, key=lambda tensor: np.prod(tensor.dims))
+        graph.initializer.extend([largest] * 100)
+
+    cases = {
+        "graph bomb": {"tensors": {"graph": bomb(1 << 28)}},
+        "residual bomb": {"tensors": {residual: bomb(1 << 28)}},
+        "cut": {"tensors": {residual: tensors[residual][:-3]}},
+        "flat": {"tensors": {down: tensors[down].ravel()}},
+        "empty": {"tensors": {down: np.zeros((2, 0), float32)}},
+        "narrow": {"tensors": {up: tensors[up][:, :1]}},
+        "elsewhere": {"tensors": graph(elsewhere)},
+        "many": {"tensors": graph(many)},
+        "no graph": {"tensors": {"graph": np.zeros(9, np.uint8)}},
+        "unknown": {"same": {"a": "b", **dict.fromkeys([t.name for t in skeleton.graph.initializer], "b")}},
+        "nothing checked": {"texts": {**texts, "manifest.json": json.dumps({**manifest, "files": {}})}},
+        "no manifest": {"texts": {**texts, "manifest.json": "[]"}},
+        "more files": {"texts": {**texts, "../outside": "x"}},
+        **{
+            f"{key} {junk!r}": {key: junk}
+            for key in ("format", "base", "same", "texts")
+            for junk in (None, [], {}, "x")
+        },
+        **{f"text {junk!r}": {"texts": {**texts, "config.json": junk}} for junk in (None, [], 1)},
+    }
+    for case, change in cases.items():
+        file = rewritten(delta_file, tmp_path / "it.delta", **change)
+        if case == "more files":
+            delta.main(["apply", str(file), "--base", str(bases / "test_vit"), "--out", str(tmp_path / "out")])
+            shutil.rmtree(tmp_path / "out")
+            capsys.readouterr()
+        else:
+            tracemalloc.start()
+            argv = ["apply", file, "--base", bases / "test_vit", "--out", tmp_path / "out"]
+            said = refused(capsys, delta.main, *argv)
+            peak = tracemalloc.get_traced_memory()[1]
+            tracemalloc.stop()
+            assert peak < 1e8, f"{case}: {peak:,} bytes"
+            assert "it.delta" in said, case
+            assert said.endswith(("make it again", "python -m export --delta wrote", "name that one")), case
+        assert {path.name for path in tmp_path.iterdir()} == {"it.delta"}, case

@@ -1,0 +1,106 @@
+"""What the JSON of a package looks like. It may come from anyone, so it is compared before anything reads on."""
+
+import re
+from typing import Any
+
+from export.images import LIMIT
+
+FILE = re.compile(r"\w[\w.-]*(/\w[\w.-]*)*")  # in the package: no "..", no drive, no absolute path
+SHA256 = re.compile("[0-9a-f]{64}")
+
+
+def fits(value: Any, shape: Any) -> bool:
+    """Whether a value read from JSON has a shape: a type, a pattern or a test; [shape] of each, {str: shape} of each
+    value, {"key": shape} of these keys, whatever others there are.
+
+    >>> fits({"names": ["ant"], "seed": 1}, {"names": [str]}), fits({"names": [1]}, {"names": [str]}), fits(True, int)
+    (True, False, False)
+    """
+    if isinstance(shape, type):
+        return type(value) is shape  # True is no int
+    if isinstance(shape, re.Pattern):
+        return isinstance(value, str) and shape.fullmatch(value) is not None
+    if isinstance(shape, list):
+        return isinstance(value, list) and all(fits(each, shape[0]) for each in value)
+    if isinstance(shape, dict):
+        keys = value if isinstance(value, dict) and str in shape else shape
+        return isinstance(value, dict) and all(
+            k in value and fits(value[k], shape.get(k, shape.get(str))) for k in keys
+        )
+    return bool(shape(value))
+
+
+def number(value: Any) -> bool:
+    """A finite one."""
+    return type(value) in (int, float) and abs(value) < 1e300
+
+
+def side(value: Any) -> bool:
+    """Of an image that may be decoded."""
+    return type(value) is int and 0 < value <= LIMIT**0.5
+
+
+def colors(value: Any) -> bool:
+    """A number for each of red, green and blue."""
+    return fits(value, [number]) and len(value) == 3
+
+
+def _divisors(value: Any) -> bool:
+    return colors(value) and 0 not in value
+
+
+def _seed(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 2**64
+
+
+def _few(value: Any) -> bool:
+    return type(value) is int and 0 < value <= 64
+
+
+def _table(value: Any) -> bool:
+    return fits(value, [[number]]) and len({len(row) for row in value}) <= 1
+
+
+def _form(value: Any) -> bool:
+    return value in ("merged", "folded", "split")
+
+
+def _adapter(value: Any) -> bool:
+    return value is None or fits(value, FILE)
+
+
+PREPROCESSOR = {
+    "size": {"height": side, "width": side},
+    "image_mean": colors,
+    "image_std": _divisors,
+    "rescale_factor": number,
+    "resample": int,
+}
+MANIFEST = {
+    "form": _form,
+    "files": {str: {"sha256": SHA256, "bytes": int}},
+    "graphs": {str: FILE},
+    "tasks": {
+        str: {
+            "labels": [str],
+            "adapter": _adapter,
+            "source_sha256": SHA256,
+            "parity": {"tolerance": number},
+            "probe": {"seed": _seed, "count": _few, "logits": _table},
+        }
+    },
+    "opset": int,
+    "exporter": str,
+}
+SPLIT = {"base_sha256": SHA256, "slots": [str], "tasks": {str: {"adapter": FILE}}}
+
+
+def whole(manifest: Any) -> bool:
+    """Whether a manifest has all that a runtime reads, and names no file that it does not list."""
+    if not fits(manifest, MANIFEST) or (manifest["form"] == "split" and not fits(manifest, SPLIT)):
+        return False
+    files, graphs, tasks = (manifest[key] for key in ("files", "graphs", "tasks"))
+    named = {*graphs.values(), *(task["adapter"] for task in tasks.values())} - {None}
+    if not tasks or "base" not in manifest or graphs.get("float32") != "model.onnx":
+        return False
+    return named <= files.keys() and fits([*files], [FILE])
