@@ -174,7 +174,7 @@ def test_without_the_runtime_one_line_says_why_and_nothing_is_left(case, package
 
 def test_mistakes_are_one_line(package, tarball, tmp_path, monkeypatch, capsys):
     out = ["--out", tmp_path / "site", "--runtime"]
-    assert "exists; name another --out" in refused(capsys, web.main, package, "--out", tmp_path, "--runtime", tarball)
+    assert "exists; name another folder" in refused(capsys, web.main, package, "--out", tmp_path, "--runtime", tarball)
     assert "is no exported package" in refused(capsys, web.main, tmp_path, *out, tarball)
     assert "is not a file; make it where npm is" in refused(capsys, web.main, package, *out, tmp_path / "no.tgz")
     (tmp_path / "other.tgz").write_bytes(tarball.read_bytes() + b" ")
