@@ -339,7 +339,7 @@ def test_grey_arrays_strided_arrays_and_other_things():
 
 
 def run_file(path, classes, seed):
-    base = cv.Base("test_vit", "random", 32)
+    base = cv.Base("test_vit", "random", 32, kwargs={"depth": 2})
     model = base.build(len(classes))
     cv.inject(model, cv.LoRA(rank=2, branches=2))
     awaken_deltas(model, seed)
