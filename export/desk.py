@@ -60,9 +60,11 @@ class Desk:
     Args:
         package: its folder.
         threads: of ONNX Runtime.
+        queue: the most requests that it works on or that wait.
     """
 
-    def __init__(self, package: Path, threads: int) -> None:
+    def __init__(self, package: Path, threads: int, queue: int = 256) -> None:
+        self.waiting, self.queue = 0, queue
         self.model = Classifier(package, threads=threads)
         self.decoders = ThreadPoolExecutor(DECODERS)  # a semaphore would forget those whose client has gone
 
@@ -76,7 +78,8 @@ class Desk:
         """The most probable labels of the image in `body`; `batched` sends it through `rows`, with others.
 
         Raises:
-            RefusedError: no such task (404); none where there are several, a `top` that is no number, no image (400).
+            RefusedError: too many wait (503); no such task (404); none named of several, a `top` that is no number, no
+                image (400).
         """
         tasks, top = self.model.tasks, query.get("top", "5")
         task = query.get("task", tasks[0] if len(tasks) == 1 else None)
@@ -86,11 +89,17 @@ class Desk:
             raise RefusedError(404, f"there is no task {task[:80]!r}; GET /tasks lists them")
         if not re.fullmatch(r"[1-9][0-9]{0,3}", top):
             raise RefusedError(400, f"top={top[:20]!r} must be a whole number from 1 to {MOST}")
+        if self.waiting == self.queue:
+            raise RefusedError(503, f"{self.queue} requests wait already; try again in a moment")
+        self.waiting += 1
         try:
-            pixels = await asyncio.get_running_loop().run_in_executor(self.decoders, self.model.preprocess, body)
-        except ValueError as error:
-            raise RefusedError(400, f"{error}; the body must be an image file and nothing else") from None
-        row = await batched((task, pixels))
+            try:
+                pixels = await asyncio.get_running_loop().run_in_executor(self.decoders, self.model.preprocess, body)
+            except ValueError as error:
+                raise RefusedError(400, f"{error}; the body must be an image file and nothing else") from None
+            row = await batched((task, pixels))
+        finally:
+            self.waiting -= 1
         return {"task": task, "predictions": [{"label": label, "probability": p} for label, p in row[: int(top)]]}
 
     def rows(self, items: Sequence[Item]) -> list[Row]:

@@ -32,38 +32,7 @@ from export.runtime import check_files, read_manifest
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 NAME = "capavision"
-
-
-class Doorman:
-    """ASGI middleware of Ray's proxy: a request queues once its body is here, so slow clients cannot fill the queue."""
-
-    def __init__(self, app: Any) -> None:
-        self.app = app
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        if scope["type"] != "http":
-            return await self.app(scope, receive, send)
-        from starlette.requests import ClientDisconnect, Request
-
-        request = Request(scope, receive)
-        try:
-            waiting = [{"type": "http.request", "body": await read_body(request.headers, request.stream())}]
-        except RefusedError as error:
-            return await _refusal(error)(scope, receive, send)
-        except ClientDisconnect:
-            return None
-
-        async def again() -> Any:
-            return waiting.pop() if waiting else await receive()
-
-        return await self.app(scope, again, send)
-
-
-def doormen() -> list[Any]:
-    """What Ray's proxies import by name when they start."""
-    from starlette.middleware import Middleware
-
-    return [Middleware(Doorman)]
+CLIENTS = 4096  # of a replica, most of them perhaps slow: only a request whose body is here counts as waiting
 
 
 def application(args: argparse.Namespace) -> Any:
@@ -74,14 +43,14 @@ def application(args: argparse.Namespace) -> Any:
 
     @serve.deployment(
         num_replicas=args.replicas,
-        max_ongoing_requests=args.queue,  # they wait in the replica: Ray's router asks a full one only now and then
-        max_queued_requests=args.queue,
+        max_ongoing_requests=CLIENTS,
+        max_queued_requests=CLIENTS,
         max_constructor_retry_count=1,
         ray_actor_options={"num_cpus": args.threads},
     )
     class Replica:
         def __init__(self) -> None:
-            self.desk = Desk(args.package, args.threads)
+            self.desk = Desk(args.package, args.threads, args.queue)
 
         @serve.batch(max_batch_size=args.batch, batch_wait_timeout_s=0.005)
         async def batched(self, items: list[Item]) -> list[Row]:
@@ -91,7 +60,7 @@ def application(args: argparse.Namespace) -> Any:
             try:
                 match request.method, request.url.path:
                     case "POST", "/predict":
-                        body = await read_body(request.headers, request.stream())  # a cluster may have no Doorman
+                        body = await read_body(request.headers, request.stream())
                         return JSONResponse(await self.desk.predict(request.query_params, body, self.batched))
                     case "GET", "/tasks":
                         return JSONResponse(self.desk.tasks())
@@ -99,15 +68,9 @@ def application(args: argparse.Namespace) -> Any:
                         return PlainTextResponse(await asyncio.to_thread(metrics))
                 raise RefusedError(404, "there are POST /predict, GET /tasks, GET /metrics and GET /-/healthz")
             except RefusedError as error:
-                return _refusal(error)
+                return JSONResponse({"error": str(error)}, error.status)
 
     return Replica.bind()
-
-
-def _refusal(error: RefusedError) -> Any:
-    from starlette.responses import JSONResponse
-
-    return JSONResponse({"error": str(error)}, error.status)
 
 
 def metrics() -> bytes:
@@ -142,7 +105,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--replicas", type=int, default=1, metavar="N", help="copies of the model (default: 1)")
     parser.add_argument("--threads", type=int, metavar="N", help="of each (default: this machine's cores, shared out)")
     parser.add_argument("--batch", type=int, default=16, metavar="N", help="most images a run (default: 16)")
-    queue = "requests that a replica holds, and as many before it; then 503 (default: 256)"
+    queue = "requests that wait in a replica; then 503 (default: 256)"
     parser.add_argument("--queue", type=int, default=256, metavar="N", help=queue)
     args = parser.parse_args(argv)
     cli.at_least(1, args, "port", "replicas", "threads", "batch", "queue")
@@ -161,7 +124,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     """Serve until Ctrl-C or SIGTERM; what has begun is answered first."""
     args = parse(argv)
-    os.environ.setdefault("RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH", "export.serve.doormen")
     ray = connect(args.address, "export.serve", "serve")
     try:
         from ray import serve

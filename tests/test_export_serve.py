@@ -420,6 +420,28 @@ def test_a_bad_request_has_its_status_and_a_sentence(counters, case):
     assert len(str(refused.value)) < 300
 
 
+def test_where_too_many_wait_the_next_is_sent_away(packages):
+    full = desk.Desk(packages[0], threads=1, queue=2)
+
+    async def ask():
+        let = asyncio.Event()
+
+        async def batched(item):
+            await let.wait()
+            return full.rows([item])[0]
+
+        waiting = [asyncio.create_task(full.predict({}, content(PHOTO), batched)) for _ in range(2)]
+        await asyncio.sleep(0)
+        with pytest.raises(desk.RefusedError, match="2 requests wait already") as refused:
+            await full.predict({}, content(PHOTO), batched)
+        let.set()
+        return refused.value.status, await asyncio.gather(*waiting), await full.predict({}, content(PHOTO), batched)
+
+    status, (first, second), later = asyncio.run(ask())
+    assert status == 503
+    assert first == second == later
+
+
 def test_more_labels_than_there_are_is_all_of_them(counters):
     said = answer(counters[1], {"task": "pets", "top": "9999"}, content(PHOTO))
     assert sum(row["probability"] for row in said["predictions"]) == pytest.approx(1)
@@ -516,7 +538,7 @@ def free_port():
 
 @contextlib.contextmanager
 def serving(package, output, queue):
-    """(port, process, its output) of a server that holds `queue` requests in its replica, and as many before it."""
+    """(port, process, its output) of a server in which `queue` requests may wait."""
     pytest.importorskip("ray.serve", reason="Ray Serve is not installed: pip install 'capavision[serve]'")
     port = free_port()
     command = [sys.executable, "-m", "export.serve", str(package), "--port", str(port), "--threads", "1"]
@@ -534,7 +556,7 @@ def serving(package, output, queue):
 
 @pytest.fixture(scope="module")
 def server(packages, tmp_path_factory):
-    with serving(packages[1], tmp_path_factory.mktemp("server") / "output", 110) as started:
+    with serving(packages[1], tmp_path_factory.mktemp("server") / "output", 220) as started:
         yield started
 
 
@@ -596,7 +618,7 @@ def test_the_server_refuses_with_the_right_status_and_lives(server):
 
 
 def test_slow_clients_take_no_ones_place(server):
-    """The server holds 220 requests; 250 that never end leave them free."""
+    """220 requests may wait; 250 whose bodies never end are none of them."""
     port = server[0]
     head = b"POST /predict?task=pets HTTP/1.1\r\nHost: a\r\nContent-Length: 1000\r\n\r\nx"
     slow = [socket.create_connection(("127.0.0.1", port)) for _ in range(250)]
