@@ -247,7 +247,7 @@ def test_a_bomb_takes_no_memory(kind):
 
 
 def wide(mode, kind="PNG", dtype=None, **options):
-    image = Image.new(mode, (3000, 3000)) if dtype is None else Image.fromarray(np.zeros((3000, 3000), dtype))
+    image = Image.new(mode, (2000, 2000)) if dtype is None else Image.fromarray(np.zeros((2000, 2000), dtype))
     return content(image, kind, **options)
 
 
@@ -265,7 +265,7 @@ def test_a_pixel_takes_no_more_memory_than_a_server_reckons_with(kind):
     """export.desk decodes a few images at a time, of up to `LIMIT` pixels."""
     megabytes, refusal = decoding(HUNGRY[kind]())
     assert refusal == ""
-    assert 20 < megabytes <= 1.05 * 16 * 3000**2 / 2**20
+    assert 10 < megabytes <= 16 * 2000**2 / 2**20 + 8
 
 
 def bomb(kind):
@@ -515,7 +515,8 @@ def test_a_ray_whose_ports_obey_anyone_is_not_started_and_a_bad_port_is_told(pac
 
 def test_ray_without_its_serve_names_the_extra(packages, monkeypatch):
     monkeypatch.setattr(serve, "connect", lambda *a: None)
-    monkeypatch.setitem(sys.modules, "ray.serve", None)
+    monkeypatch.setitem(sys.modules, "ray", types.ModuleType("ray"))  # vtab.sweep --ray needs no more
+    monkeypatch.delitem(sys.modules, "ray.serve", raising=False)
     refused_command(serve.main, [packages[0], "--port", free_port()], r"needs Ray Serve: .*capavision\[serve\]")
 
 
