@@ -141,7 +141,7 @@ def started(package: Path, port: int, flags: list[str]) -> subprocess.Popen[byte
     server = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     end = time.monotonic() + START
     while time.monotonic() < end and server.poll() is None:
-        if asyncio.run(ask(port, b"GET /healthz HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n")) == 200:
+        if asyncio.run(ask(port, b"GET /-/healthz HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n")) == 200:
             return server
         time.sleep(0.5)
     server.terminate()

@@ -4,7 +4,6 @@ Top-1 with its 95 % interval on the split that the run was judged on, beside wha
 from vtab, so this needs its extra; what is judged runs in ONNX Runtime alone.
 """
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +12,7 @@ import numpy as np
 
 from export import cli, splits
 from export.agreement import opened
-from export.runtime import Classifier, read_json, sha256
+from export.runtime import Classifier, read_json, read_manifest, sha256
 
 if TYPE_CHECKING:
     from export.splits import Split
@@ -26,12 +25,11 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         ValueError: data that does not open or has other classes; a run that the package was not made of.
     """
     args = _parser().parse_args(argv)
-    for flag in ("test_limit", "threads"):
-        if (given := getattr(args, flag)) is not None and given < 1:
-            raise ValueError(f"--{flag.replace('_', '-')} {given} must be at least 1")
+    cli.at_least(1, args, "test_limit", "threads")
     preprocess = args.variant == "preprocess"
     chosen = {"variant": "float32" if preprocess else args.variant, "threads": args.threads}
-    runtime = Classifier(args.package, args.task if args.task in _tasks(args.package) else None, **chosen)
+    task = args.task if args.task in read_manifest(args.package)["tasks"] else None  # else the name of its data
+    runtime = Classifier(args.package, task, **chosen)
     judged = _recorded(args.run, runtime) if args.run else {}
     run = splits.settings(args.run / "adapter.safetensors") if args.run else {}
     data = splits.open_data(run, args.task or runtime.task, args.data_root, runtime.labels)
@@ -52,12 +50,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     if result["pytorch"]:
         print("PyTorch {accuracy:.1f} % of {images:,}, {said}".format(**result["pytorch"]))
     if args.json:
-        args.json.write_text(json.dumps(result, indent=1))
+        cli.write_json(args.json, result)
     return result
-
-
-def _tasks(package: Path) -> list[str]:
-    return list(read_json(package / "manifest.json").get("tasks", {}))
 
 
 def _recorded(run: Path, runtime: Classifier) -> dict[str, Any]:

@@ -4,7 +4,6 @@ Over images that need no download, of random sizes and shapes: crops of scikit-l
 dSprites-like drawings scaled.
 """
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ import onnxruntime
 from PIL import Image
 
 from export import cli, splits
-from export.runtime import Classifier
+from export.runtime import Classifier, check_files
 
 SIDES = (8, 1000)  # drawn evenly on a logarithmic scale
 Draw = Callable[[np.random.Generator], Image.Image]
@@ -32,8 +31,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of sizes and crops (default: 0)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
     args = parser.parse_args(argv)
-    if args.images < 1:
-        raise ValueError(f"--images {args.images} must be at least 1")
+    cli.at_least(1, args, "images")
+    cli.at_least(0, args, "seed")
     runtime = Classifier(args.package)
     session = opened(args.package, runtime.manifest)
     rng, sources = np.random.default_rng(args.seed), builtin()
@@ -45,7 +44,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         f"{result['median_difference']:.1e} (median), {result['largest_difference']:.1e} (largest)"
     )
     if args.json:
-        args.json.write_text(json.dumps(result, indent=1))
+        cli.write_json(args.json, result)
     return result
 
 
@@ -53,14 +52,15 @@ def opened(folder: Path, manifest: dict[str, Any]) -> onnxruntime.InferenceSessi
     """The preprocess graph, on the CPU.
 
     Raises:
-        ValueError: the package has none.
+        ValueError: the package has none, or it was changed.
     """
     if "preprocess" not in manifest["graphs"]:
         raise ValueError(f"{folder} has no graph that preprocesses; export it with --preprocess")
+    name = manifest["graphs"]["preprocess"]
+    check_files(folder, manifest, but=manifest["files"].keys() - {name, f"{name}.data"})
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
-    path = folder / manifest["graphs"]["preprocess"]
-    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    return onnxruntime.InferenceSession(str(folder / name), options, providers=["CPUExecutionProvider"])
 
 
 def both(

@@ -3,16 +3,17 @@
 With --run they stand beside the plain base graph (the same model exported without its adapter) and PyTorch. Rounds
 visit all of them, each round in another order, so that whatever else the machine does meets all; a ratio is taken
 within a round, to the base graph (else to float32), and given as the median with its 95 % interval and quartiles.
-Inputs are random and normalised already; the preprocess graph gets one image of 640 × 480, which it also resizes. Idle
-threads do not spin, or those of one model would slow the next.
+Inputs are random and normalised already; the preprocess graph gets one image of 640 × 480, which it also resizes. The
+graphs of a split package run with the adapter of the run's task, or of the first. Idle threads do not spin, or those of
+one model would slow the next.
 """
 
 import copy
-import json
 import os
 import platform
+import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 from time import perf_counter
@@ -21,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnxruntime
 
-from export import cli, memory
+from export import cli, memory, session
 from export.runtime import check_files, read_manifest, sha256
 
 if TYPE_CHECKING:
@@ -114,15 +115,15 @@ def torch_calls(source: "Source", batch: int, threads: int, compiled: bool) -> d
     return {name: call(chosen) for name, chosen in models.items()}
 
 
-def write_base(source: "Source", opset: int, path: Path) -> None:
-    """The graph of the model without its adapter, but with its head."""
-    import onnx
-
+def write_base(source: "Source", manifest: dict[str, Any], path: Path) -> None:
+    """The graph of the model without its adapter, but with its head; exported as the package was."""
     import capavision as cv
     from export.graph import to_onnx
+    from export.store import save
 
     plain = cv.remove(copy.deepcopy(source.model)).eval()
-    onnx.save(to_onnx(plain, source.preprocessing["size"], source.labels, opset), path)
+    opset, exporter = manifest["opset"], manifest["exporter"]
+    save(to_onnx(plain, source.preprocessing["size"], source.labels, opset, exporter=exporter), path)
 
 
 def nodes(graph: Path) -> int | None:
@@ -150,41 +151,50 @@ def machine() -> dict[str, Any]:
     return {"cpu": cpu, "cores": os.cpu_count(), "load": load, "python": platform.python_version()} | versions
 
 
-def measure(graphs: dict[str, Path], source: "Source | None", args: Any) -> list[dict[str, Any]]:
-    """Every batch size with every number of threads."""
-    found = []
+def measure(
+    graphs: dict[str, Path], adapter: onnxruntime.LoraAdapter | None, source: "Source | None", args: Any
+) -> list[dict[str, Any]]:
+    """Every batch size with every number of threads; `adapter` fills the slots of a package's own graphs."""
+    found, options = [], onnxruntime.RunOptions()
+    if adapter:
+        options.add_active_adapter(adapter)
     for threads in args.threads:
         for batch in args.batches:
             calls: dict[str, Call] = {}
             for name, graph in graphs.items():
                 if name == "preprocess" and batch > 1:
                     continue  # it takes one image
-                session = opened(graph, threads)
-                calls[name] = _run(session, feeds(session, batch))
+                model = opened(graph, threads)
+                calls[name] = _run(model, feeds(model, batch), None if name == "base" else options)
             if source:
                 calls |= torch_calls(source, batch, threads, args.compile)
             found += rows(interleaved(calls, args.rounds), batch, threads)
     return found
 
 
-def _run(session: onnxruntime.InferenceSession, given: dict[str, np.ndarray]) -> Call:
-    return lambda: session.run(None, given)
+def _run(model: onnxruntime.InferenceSession, given: dict[str, np.ndarray], options: Any) -> Call:
+    return lambda: model.run(None, given, options)
 
 
 def peaks(graphs: dict[str, Path], source: "Source | None", args: Any) -> dict[str, float | None]:
-    """Peak memory of each, at the largest batch size, on the first number of threads."""
-    batch, threads = max(args.batches), args.threads[0]
-    found = {name: memory.peak("onnx", graph, batch, threads) for name, graph in graphs.items()}
-    return found | ({"pytorch": memory.peak("torch", source.path, batch, threads)} if source else {})
+    """Peak memory of each, at the largest batch size, on the first number of threads; None where there is no figure."""
+    batch, threads, found = max(args.batches), args.threads[0], dict[str, float | None]()
+    runs = {"pytorch": ("torch", source.path)} if source else {}
+    for name, (kind, path) in ({name: ("onnx", graph) for name, graph in graphs.items()} | runs).items():
+        try:
+            found[name] = memory.peak(kind, path, batch, threads)
+        except ValueError as error:  # the times are measured, and worth keeping
+            print(f"note: {error}", file=sys.stderr)
+            found[name] = None
+    return found
 
 
 def show(result: dict[str, Any]) -> None:
     """The figures as a table."""
     about = result["machine"]
     print(", ".join(f"{key} {value}" for key, value in about.items()))
-    print(
-        f"{result['rounds']} rounds; ratios to {result['rows'][0]['name']}, within a round: median (its 95 % interval)"
-    )
+    reference = result["rows"][0]["name"] + ("" if "base" in result["graphs"] else " (--run brings the plain base)")
+    print(f"{result['rounds']} rounds; ratios to {reference}, within a round: median (its 95 % interval)")
     for row in result["rows"]:
         low, high = row["ratio"]["interval95"]
         ratio = f"{row['ratio']['median']:.3f} ({low:.3f} … {high:.3f})"
@@ -203,27 +213,25 @@ def show(result: dict[str, Any]) -> None:
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Time everything, print the table, return it."""
     args = _parser().parse_args(argv)
-    for flag in ("batches", "threads"):
-        if min(getattr(args, flag)) < 1:
-            raise ValueError(f"--{flag} {','.join(map(str, getattr(args, flag)))} must be at least 1")
-    if args.rounds < 1:
-        raise ValueError(f"--rounds {args.rounds} must be at least 1")
+    cli.at_least(1, args, "batches", "threads", "rounds")
     if args.compile and not args.run:
         raise ValueError("--compile compiles the run's model; name it with --run")
     manifest = read_manifest(args.package)
     check_files(args.package, manifest)
     graphs = {name: args.package / file for name, file in manifest["graphs"].items()}
     source = _source(args.run, manifest, args.package) if args.run else None
+    adapter = _adapter(args.package, manifest, source)
     with tempfile.TemporaryDirectory() as folder:
         if source:
-            write_base(source, manifest["opset"], Path(folder) / "base.onnx")
+            write_base(source, manifest, Path(folder) / "base.onnx")
             graphs = {"base": Path(folder) / "base.onnx", **graphs}
-        result: dict[str, Any] = {"machine": machine(), "rounds": args.rounds, "rows": measure(graphs, source, args)}
+        result: dict[str, Any] = {"machine": machine(), "rounds": args.rounds}
+        result["rows"] = measure(graphs, adapter, source, args)
         result["graphs"] = {n: {"bytes": _bytes(graph), "nodes": nodes(graph)} for n, graph in graphs.items()}
         result["peak_memory_mb"] = peaks(graphs, source, args) if args.memory else {}
     show(result)
     if args.json:
-        args.json.write_text(json.dumps(result, indent=1))
+        cli.write_json(args.json, result)
     return result
 
 
@@ -236,6 +244,13 @@ def _source(run: Path, manifest: dict[str, Any], package: Path) -> "Source":
     return source
 
 
+def _adapter(package: Path, manifest: dict[str, Any], source: "Source | None") -> onnxruntime.LoraAdapter | None:
+    tasks = list(manifest["tasks"].values())
+    made_of = [task for task in tasks if source and task["source_sha256"] == sha256(source.path)]
+    file = (made_of or tasks)[0]["adapter"]
+    return session.adapter(package / file, manifest["slots"], manifest["base_sha256"]) if file else None
+
+
 def _bytes(graph: Path) -> int:
     return sum(path.stat().st_size for path in graph.parent.glob(f"{graph.name}*"))
 
@@ -243,12 +258,12 @@ def _bytes(graph: Path) -> int:
 def _parser() -> cli.Parser:
     parser = cli.Parser(prog="python -m export.bench", description=__doc__.splitlines()[0])
     parser.add_argument("package", type=Path, metavar="DIR", help="what python -m export wrote")
-    parser.add_argument("--run", type=Path, metavar="RUN_DIR", help="the run it was made of; brings base and PyTorch")
+    parser.add_argument("--run", type=Path, metavar="RUN_DIR", help="a run in it: brings the plain base and PyTorch")
     parser.add_argument(
-        "--batches", type=_numbers, default=[1], metavar="N,…", help="images a call, one or several (default: 1)"
+        "--batches", type=cli.numbers, default=[1], metavar="N,…", help="images a call, one or several (default: 1)"
     )
     parser.add_argument(
-        "--threads", type=_numbers, default=[os.cpu_count()], metavar="N,…", help="of all (default: all cores)"
+        "--threads", type=cli.numbers, default=[os.cpu_count()], metavar="N,…", help="of all (default: all cores)"
     )
     parser.add_argument("--rounds", type=int, default=50, metavar="N", help="timed rounds (default: 50)")
     parser.add_argument("--compile", action="store_true", help="PyTorch's torch.compile too; takes minutes")
@@ -257,10 +272,6 @@ def _parser() -> cli.Parser:
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
     return parser
-
-
-def _numbers(text: str) -> Sequence[int]:
-    return [int(part) for part in text.split(",")]
 
 
 if __name__ == "__main__":

@@ -1,12 +1,14 @@
-"""What every command does with a user's mistake: one line on stderr, exit code 2, no traceback.
+"""What every command does: a user's mistake is one line on stderr, exit code 2, no traceback; figures are kept whole.
 
 Standard library only: vtab.cli builds on it, and a machine that only runs packages has no torch.
 """
 
 import argparse
+import json
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NoReturn
 
 STOPPED = 130  # what shells report for Ctrl-C
@@ -21,6 +23,42 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """One sentence that says where help is."""
         raise ValueError(f"{message}; see {self.prog} --help")
+
+
+def at_least(least: int, args: argparse.Namespace, *names: str) -> None:
+    """Raise ValueError for a flag that has a number, or a list with one, below `least`; None is no number."""
+    for name in names:
+        given = getattr(args, name)
+        numbers = given if isinstance(given, list) else [given]
+        if any(number is not None and number < least for number in numbers):
+            raise ValueError(f"--{name.replace('_', '-')} {','.join(map(str, numbers))} must be at least {least}")
+
+
+def numbers(text: str) -> list[int]:
+    """A flag's list of whole numbers.
+
+    >>> numbers("1,8")
+    [1, 8]
+    """
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} must be whole numbers with commas between them, as 1,8") from None
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write figures, whole or not at all; the folder is made.
+
+    Raises:
+        OSError: the disk is full, or the folder cannot be written.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        part.write_text(json.dumps(content, indent=1))
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def run(main: Callable[[], Any], stopped: str = "nothing was written") -> None:

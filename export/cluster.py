@@ -6,6 +6,8 @@ import secrets
 import socket
 from typing import Any
 
+OLDEST = (2, 60)  # the oldest known to leave no port open that obeys whoever has no token
+
 
 def connect(address: str, flag: str, extra: str) -> Any:
     """Ray, initialised; nothing is told to its makers, and what starts on this machine listens on this machine only.
@@ -16,7 +18,7 @@ def connect(address: str, flag: str, extra: str) -> Any:
         extra: of capavision, which brings it.
 
     Raises:
-        ValueError: Ray is not installed; no cluster answers.
+        ValueError: Ray is not installed, or too old to be started safely; no cluster answers.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     known = re.fullmatch(r"(?:ray://)?\[?(.+?)\]?:(\d+)", address)
@@ -30,12 +32,14 @@ def connect(address: str, flag: str, extra: str) -> Any:
         import ray
     except ImportError:
         raise ValueError(f"{flag} needs Ray: pip install 'capavision[{extra}]'") from None
+    if address == "local" and tuple(map(int, ray.__version__.split(".")[:2])) < OLDEST:
+        raise ValueError(f"Ray {ray.__version__} would open ports that obey anyone; pip install 'capavision[{extra}]'")
     small: dict[str, Any] = {"include_dashboard": False, "object_store_memory": 2**27} if address == "local" else {}
     try:
         if known:  # Ray itself would try for ten minutes
             socket.create_connection((known[1], int(known[2])), timeout=5).close()
         ray.init(address, log_to_driver=False, logging_level="ERROR", **small)
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, OverflowError, ValueError, RuntimeError) as error:
         raise ValueError(
             f"no Ray cluster answers at {address!r} ({error}); ray start --head begins one, and 'local' is one of this "
             "command alone"

@@ -1,7 +1,7 @@
-"""Requests to packages, whatever carries them: which are refused, with which HTTP status, and what the others get."""
+"""Requests to a package, whatever carries them: which are refused, with which HTTP status, and what the others get."""
 
 import asyncio
-import difflib
+import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -9,14 +9,15 @@ from typing import Any
 
 import numpy as np
 
-from export.runtime import Classifier, check_files, read_manifest
+from export.runtime import Classifier
 
 LARGEST = 2**24  # bytes of a request's body
 HEARD = 4  # times that: a body up to there is heard out and dropped, since clients read no answer while they send
 PATIENCE = 10.0  # seconds in which a body must arrive
-DECODERS = 4  # images decoded at a time, of up to 0.5 GB each
+DECODERS = 4  # images decoded at a time, of up to 1.1 GB each
+MOST = 9999  # labels of an answer
 
-Item = tuple[str, np.ndarray, int]  # task, pixels, top
+Item = tuple[str, np.ndarray]  # task, pixels
 Row = list[tuple[str, float]]
 
 
@@ -26,23 +27,6 @@ class RefusedError(Exception):
     def __init__(self, status: int, message: str) -> None:
         super().__init__(message)
         self.status = status
-
-
-def check(packages: Sequence[Path]) -> list[str]:
-    """The tasks of all packages, whose files are whole.
-
-    Raises:
-        ValueError: no package, a changed file, a task that two packages have.
-    """
-    owners: dict[str, Path] = {}
-    for package in packages:
-        manifest = read_manifest(package)
-        check_files(package, manifest)
-        for task in manifest["tasks"]:
-            if task in owners:
-                raise ValueError(f"{owners[task]} and {package} both have a task {task!r}; serve them on two ports")
-            owners[task] = package
-    return list(owners)
 
 
 async def read_body(headers: Mapping[str, str], chunks: AsyncIterator[bytes]) -> bytes:
@@ -71,21 +55,22 @@ async def read_body(headers: Mapping[str, str], chunks: AsyncIterator[bytes]) ->
 
 
 class Desk:
-    """The packages of one replica, and what it answers.
+    """The package of one replica, and what it answers: by its float32 graph, whose answers no neighbour changes.
 
     Args:
-        packages: their folders; no two have a task in common.
-        threads: of ONNX Runtime, for each package.
+        package: its folder.
+        threads: of ONNX Runtime.
+        queue: the most requests that it works on or that wait.
     """
 
-    def __init__(self, packages: Sequence[Path], threads: int) -> None:
-        loaded = [Classifier(package, threads=threads) for package in packages]
-        self.models = {task: classifier for classifier in loaded for task in classifier.tasks}
-        self.decoders = ThreadPoolExecutor(DECODERS)
+    def __init__(self, package: Path, threads: int, queue: int = 256) -> None:
+        self.waiting, self.queue = 0, queue
+        self.model = Classifier(package, threads=threads)
+        self.decoders = ThreadPoolExecutor(DECODERS)  # a semaphore would forget those whose client has gone
 
     def tasks(self) -> dict[str, list[str]]:
         """Each task's labels."""
-        return {task: model.manifest["tasks"][task]["labels"] for task, model in self.models.items()}
+        return {name: task["labels"] for name, task in self.model.manifest["tasks"].items()}
 
     async def predict(
         self, query: Mapping[str, str], body: bytes, batched: Callable[[Item], Awaitable[Row]]
@@ -93,36 +78,35 @@ class Desk:
         """The most probable labels of the image in `body`; `batched` sends it through `rows`, with others.
 
         Raises:
-            RefusedError: an unknown task (404); no image, or a `top` that is no number (400).
+            RefusedError: too many wait (503); no such task (404); none named of several, a `top` that is no number, no
+                image (400).
         """
-        task, top = self._task(query.get("task")), query.get("top", "5")
-        if not (top.isascii() and top.isdecimal() and int(top[:20]) > 0):
-            raise RefusedError(400, f"top={top[:20]!r} must be a whole number from 1")
-        decoding = asyncio.get_running_loop().run_in_executor(self.decoders, self.models[task].preprocess, body)
+        tasks, top = self.model.tasks, query.get("top", "5")
+        task = query.get("task", tasks[0] if len(tasks) == 1 else None)
+        if task is None:
+            raise RefusedError(400, f"name a task, as in /predict?task={tasks[0]}; GET /tasks lists them")
+        if task not in tasks:
+            raise RefusedError(404, f"there is no task {task[:80]!r}; GET /tasks lists them")
+        if not re.fullmatch(r"[1-9][0-9]{0,3}", top):
+            raise RefusedError(400, f"top={top[:20]!r} must be a whole number from 1 to {MOST}")
+        if self.waiting == self.queue:
+            raise RefusedError(503, f"{self.queue} requests wait already; try again in a moment")
+        self.waiting += 1
         try:
-            pixels = await decoding
-        except ValueError as error:
-            raise RefusedError(400, f"{error}; the body must be an image file and nothing else") from None
-        row = await batched((task, pixels, int(top[:20])))
-        return {"task": task, "predictions": [{"label": label, "probability": p} for label, p in row]}
-
-    def _task(self, given: str | None) -> str:
-        if given is None and len(self.models) > 1:
-            raise RefusedError(
-                400, f"name a task, as in /predict?task={next(iter(self.models))}; GET /tasks lists them"
-            )
-        task = next(iter(self.models)) if given is None else given
-        if task not in self.models:
-            near = difflib.get_close_matches(task, self.models, n=4) or list(self.models)[:4]
-            raise RefusedError(404, f"there is no task {task[:80]!r}; did you mean {' or '.join(map(repr, near))}?")
-        return task
+            try:
+                pixels = await asyncio.get_running_loop().run_in_executor(self.decoders, self.model.preprocess, body)
+            except ValueError as error:
+                raise RefusedError(400, f"{error}; the body must be an image file and nothing else") from None
+            row = await batched((task, pixels))
+        finally:
+            self.waiting -= 1
+        return {"task": task, "predictions": [{"label": label, "probability": p} for label, p in row[: int(top)]]}
 
     def rows(self, items: Sequence[Item]) -> list[Row]:
         """The labels of a batch, in its order: one run of the session for each task in it."""
         found: dict[int, Row] = {}
-        for task in {task for task, _, _ in items}:
-            own = [i for i, item in enumerate(items) if item[0] == task]
-            most = max(items[i][2] for i in own)
-            rows = self.models[task].predict([items[i][1] for i in own], top=most, task=task)  # squashed: kept as it is
-            found |= {i: row[: items[i][2]] for i, row in zip(own, rows, strict=True)}
+        for task in {task for task, _ in items}:
+            own = [i for i, (named, _) in enumerate(items) if named == task]
+            pixels = [items[i][1] for i in own]  # squashed: kept as it is
+            found |= zip(own, self.model.predict(pixels, MOST, task), strict=True)
         return [found[i] for i in range(len(items))]

@@ -16,14 +16,18 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 LIMIT = 2**26  # pixels: 8192 × 8192, 256 MB decoded
 OPAQUE = ("1", "L", "P", "RGB", "RGBX", "CMYK", "YCbCr", "HSV")
 TRANSPARENT = ("LA", "La", "PA", "RGBA", "RGBa")
 SIXTEEN = ("I;16", "I;16L", "I;16B", "I;16N")
-WHITE = (255, 255, 255, 255)
+TURN = Image.Transpose
+UPRIGHT = {  # what undoes each orientation of EXIF
+    **{2: TURN.FLIP_LEFT_RIGHT, 3: TURN.ROTATE_180, 4: TURN.FLIP_TOP_BOTTOM, 5: TURN.TRANSPOSE},
+    **{6: TURN.ROTATE_270, 7: TURN.TRANSVERSE, 8: TURN.ROTATE_90},
+}
 
 Picture = str | Path | bytes | np.ndarray | Image.Image
 
@@ -63,7 +67,8 @@ def _from_array(array: np.ndarray, limit: int) -> Image.Image:
     if array.ndim == 3 and array.shape[0] == 3 != array.shape[2]:
         raise ValueError(f"{found} has its channels first; (height, width, 3) is expected: array.transpose(1, 2, 0)")
     if array.ndim != 2 and array.shape[2:] != (3,):
-        raise ValueError(f"{found} is no image: (height, width, 3) in RGB, or (height, width), is expected")
+        cure = "convert it with PIL.Image.fromarray, or take one image of it"
+        raise ValueError(f"{found} is no image: (height, width, 3) in RGB, or (height, width), is expected; {cure}")
     _check_size("the array", array.shape[1], array.shape[0], limit)
     return Image.fromarray(np.ascontiguousarray(array)).convert("RGB")
 
@@ -88,17 +93,30 @@ def upright_rgb(image: Image.Image, name: str, limit: int = LIMIT) -> Image.Imag
     with _pillow(name):
         upright = _upright(image)
         if sixteen:
-            upright = Image.fromarray(((np.asarray(upright).astype(np.uint32) + 128) // 257).astype(np.uint8))
+            upright = Image.fromarray(_eight_bits(np.asarray(upright), image.info.get("transparency")))
         elif image.mode in TRANSPARENT or "transparency" in image.info:
-            layer = upright.convert("RGBA")
-            upright = Image.alpha_composite(Image.new("RGBA", layer.size, WHITE), layer)
+            layer = upright if upright.mode == "RGBA" else upright.convert("RGBA")
+            upright = Image.new("RGB", layer.size, "white")
+            upright.paste(layer, mask=layer)
         return upright if upright.mode == "RGB" else upright.convert("RGB")
+
+
+def _eight_bits(values: np.ndarray, transparent: int | None) -> np.ndarray:
+    eight = np.empty(values.shape, np.uint8)
+    for row, wide in zip(eight, values, strict=True):  # all at once would take three times the memory
+        row[:] = (wide.astype(np.uint32) + 128) // 257
+        row[wide == transparent] = 255
+    return eight
 
 
 def _upright(image: Image.Image) -> Image.Image:
     image.load()  # some formats keep EXIF behind the pixels
-    turned = image.getexif().get(ExifTags.Base.Orientation, 1) != 1
-    return ImageOps.exif_transpose(image) if turned else image  # which would copy the others too
+    turn = UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation))
+    if turn is None:
+        return image
+    turned = image.transpose(turn)  # ImageOps.exif_transpose also writes the EXIF anew, and fails where that is damaged
+    turned.info = {key: value for key, value in image.info.items() if key == "transparency"}
+    return turned
 
 
 def _check_size(name: str, width: int, height: int, limit: int) -> None:

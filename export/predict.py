@@ -14,8 +14,7 @@ def main(argv: list[str] | None = None) -> list[list[tuple[str, float]]]:
     parser.add_argument("--top", type=int, default=5, metavar="K", help="labels an image (default: 5)")
     parser.add_argument("--task", metavar="NAME", help="of a package of several (default: its first)")
     args = parser.parse_args(argv)
-    if args.top < 1:
-        raise ValueError(f"--top {args.top} must be at least 1")
+    cli.at_least(1, args, "top")
     found = Classifier(args.package, args.task).predict(args.images, args.top)
     for image, labels in zip(args.images, found, strict=True):
         print(f"{image}  " + "  ".join(f"{label} {100 * p:.1f} %" for label, p in labels))

@@ -25,7 +25,7 @@ from export.shape import PREPROCESSOR, fits, whole
 
 SCHEMA = 2
 TOLERANCE = 1e-4  # largest |difference| / largest |logit|
-BATCH = 64  # images a run, however many are asked about
+BATCH = 64  # images a run; more would only take memory
 
 
 def sha256(path: Path) -> str:
@@ -210,6 +210,8 @@ class Classifier:
     def logits(self, pixels: np.ndarray, task: str | None = None) -> np.ndarray:
         """Logits (n, classes) of uint8 images (n, H, W, 3), for `task` or else the current one.
 
+        Of the variant int8 they depend on the other images too: its scales are of a whole batch.
+
         Raises:
             ValueError: an unknown task; pixels of another dtype, layout or size; a graph that does not run.
         """
@@ -240,14 +242,22 @@ class Classifier:
     ) -> list[list[tuple[str, float]]]:
         """The `top` most probable labels of each image, most probable first, for `task` or else the current one.
 
+        What an image gets depends on no other: dynamic int8, whose scales are of a whole batch, sees one at a time.
+
         Raises:
             ValueError: an unknown task, an image that does not decode.
+            TypeError: one image instead of a list.
         """
         task = self._task if task is None else self._known(task)
-        batches = (images[start : start + BATCH] for start in range(0, len(images), BATCH))
-        return [row for batch in batches for row in self._predicted(batch, top, task)]
+        if isinstance(images, (str, bytes, Path, Image.Image)) or (
+            isinstance(images, np.ndarray) and images.ndim in (2, 3)
+        ):
+            raise TypeError(f"predict takes a list of images, and this is one {type(images).__name__}: write [image]")
+        count = 1 if self.variant == "int8" else BATCH
+        pieces = (images[start : start + count] for start in range(0, len(images), count))
+        return [row for piece in pieces for row in self._rows(piece, top, task)]
 
-    def _predicted(self, images: Sequence[Picture], top: int, task: str) -> list[list[tuple[str, float]]]:
+    def _rows(self, images: Sequence[Picture], top: int, task: str) -> list[list[tuple[str, float]]]:
         labels = self.manifest["tasks"][task]["labels"]
         logits = self.logits(np.stack([self.preprocess(image) for image in images]), task).astype(np.float64)
         if logits.shape[1:] != (len(labels),):

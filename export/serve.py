@@ -1,14 +1,16 @@
-"""Packages behind HTTP, on Ray Serve: python -m export.serve DIR --port 8000
+"""A package behind HTTP, on Ray Serve: python -m export.serve DIR --port 8000
 
 POST /predict?task=NAME&top=5    the body is an image file; where there is one task it need not be named
 GET  /tasks                      names and labels
-GET  /healthz                    200 when a replica answers; Ray's own /-/healthz never waits in the queue
+GET  /-/healthz                  200 while the server serves; Ray answers it, so that it never waits in the queue
 GET  /metrics                    Prometheus text: what Ray and Ray Serve count on the replica's machine
 
 curl --data-binary @cat.jpg 'http://127.0.0.1:8000/predict?top=3'
 
-A task is a parameter of the request and no multiplexed model: the tasks of a package share one session, a switch costs
-nothing, and multiplexing would route by task, and load and evict, what every replica has in memory anyway.
+Images meet in batches, so the float32 graph answers: dynamic int8 takes its scales from a whole batch, and an answer
+would depend on its neighbours. A task is a parameter of the request and no multiplexed model: the tasks of a package
+share one session, a switch costs nothing, and multiplexing would route by task, and load and evict, what every replica
+has in memory anyway.
 """
 
 import argparse
@@ -20,70 +22,37 @@ import socket
 import sys
 import threading
 import urllib.request
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from export import cli
 from export.cluster import connect
-from export.desk import Desk, Item, RefusedError, Row, check, read_body
+from export.desk import Desk, Item, RefusedError, Row, read_body
+from export.runtime import check_files, read_manifest
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 NAME = "capavision"
+CLIENTS = 4096  # of a replica, most of them perhaps slow: only a request whose body is here counts as waiting
 
 
-class Doorman:
-    """ASGI middleware of Ray's proxy: a request queues once its body is here, so slow clients cannot fill the queue."""
-
-    def __init__(self, app: Any) -> None:
-        self.app = app
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        if scope["type"] != "http":
-            return await self.app(scope, receive, send)
-        from starlette.requests import ClientDisconnect, Request
-        from starlette.responses import JSONResponse
-
-        request = Request(scope, receive)
-        try:
-            body = await read_body(request.headers, request.stream())
-        except RefusedError as error:
-            return await JSONResponse({"error": str(error)}, error.status)(scope, receive, send)
-        except ClientDisconnect:
-            return None
-        waiting = [{"type": "http.request", "body": body, "more_body": False}]
-
-        async def again() -> Any:
-            return waiting.pop() if waiting else await receive()
-
-        return await self.app(scope, again, send)
-
-
-def doormen() -> list[Any]:
-    """What Ray's proxies import by name when they start."""
-    from starlette.middleware import Middleware
-
-    return [Middleware(Doorman)]
-
-
-def application(packages: Sequence[Path], replicas: int, threads: int, batch: int, queue: int) -> Any:
+def application(args: argparse.Namespace) -> Any:
     """The Ray Serve application: each replica a `Desk`, whose images meet in batches."""
     from ray import serve
     from starlette.requests import Request
     from starlette.responses import JSONResponse, PlainTextResponse, Response
 
     @serve.deployment(
-        num_replicas=replicas,
-        max_ongoing_requests=queue,  # they wait in the replica: Ray's router asks a full one again only now and then
-        max_queued_requests=queue,
+        num_replicas=args.replicas,
+        max_ongoing_requests=CLIENTS,
+        max_queued_requests=CLIENTS,
         max_constructor_retry_count=1,
-        ray_actor_options={"num_cpus": threads},
+        ray_actor_options={"num_cpus": args.threads},
     )
     class Replica:
         def __init__(self) -> None:
-            self.desk = Desk(packages, threads)
+            self.desk = Desk(args.package, args.threads, args.queue)
 
-        @serve.batch(max_batch_size=batch, batch_wait_timeout_s=0.005)
+        @serve.batch(max_batch_size=args.batch, batch_wait_timeout_s=0.005)
         async def batched(self, items: list[Item]) -> list[Row]:
             return await asyncio.to_thread(self.desk.rows, items)
 
@@ -91,15 +60,13 @@ def application(packages: Sequence[Path], replicas: int, threads: int, batch: in
             try:
                 match request.method, request.url.path:
                     case "POST", "/predict":
-                        body = await read_body(request.headers, request.stream())  # a cluster may have no Doorman
+                        body = await read_body(request.headers, request.stream())
                         return JSONResponse(await self.desk.predict(request.query_params, body, self.batched))
                     case "GET", "/tasks":
                         return JSONResponse(self.desk.tasks())
-                    case "GET", "/healthz":
-                        return PlainTextResponse("ok")
                     case "GET", "/metrics":
                         return PlainTextResponse(await asyncio.to_thread(metrics))
-                raise RefusedError(404, "there are POST /predict, GET /tasks, GET /healthz and GET /metrics")
+                raise RefusedError(404, "there are POST /predict, GET /tasks, GET /metrics and GET /-/healthz")
             except RefusedError as error:
                 return JSONResponse({"error": str(error)}, error.status)
 
@@ -107,7 +74,7 @@ def application(packages: Sequence[Path], replicas: int, threads: int, batch: in
 
 
 def metrics() -> bytes:
-    """What Ray's agent on this machine tells Prometheus.
+    """What Ray's agent on this machine tells Prometheus, on a port that Ray chose.
 
     Raises:
         RefusedError: it does not answer (503).
@@ -119,8 +86,7 @@ def metrics() -> bytes:
     address = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
     try:
         with urllib.request.urlopen(address, timeout=5) as answer:
-            content: bytes = answer.read()
-            return content
+            return bytes(answer.read())
     except OSError as error:
         raise RefusedError(503, f"Ray's metrics agent does not answer ({error})") from None
 
@@ -129,59 +95,60 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     """The command's flags.
 
     Raises:
-        ValueError: a number below 1; an address that cannot be listened on.
+        ValueError: a number below 1; an address that cannot be listened on; no package, or a changed one.
     """
     parser = cli.Parser(prog="python -m export.serve", description=__doc__.splitlines()[0])
-    parser.add_argument("packages", type=Path, nargs="+", metavar="DIR", help="what python -m export wrote")
+    parser.add_argument("package", type=Path, metavar="DIR", help="what python -m export wrote")
     parser.add_argument("--port", type=int, default=8000, metavar="N", help="default: 8000")
     parser.add_argument("--host", default="127.0.0.1", help="default: 127.0.0.1, this machine only; there is no login")
     parser.add_argument("--address", default="local", help="of a Ray cluster whose machines see DIR (default: local)")
     parser.add_argument("--replicas", type=int, default=1, metavar="N", help="copies of the model (default: 1)")
     parser.add_argument("--threads", type=int, metavar="N", help="of each (default: this machine's cores, shared out)")
     parser.add_argument("--batch", type=int, default=16, metavar="N", help="most images a run (default: 16)")
-    parser.add_argument(
-        "--queue",
-        type=int,
-        default=256,
-        metavar="N",
-        help="requests that a replica holds, and as many before it; then 503 (default: 256)",
-    )
+    queue = "requests that wait in a replica; then 503 (default: 256)"
+    parser.add_argument("--queue", type=int, default=256, metavar="N", help=queue)
     args = parser.parse_args(argv)
-    if args.threads is None:
-        args.threads = max(1, (os.cpu_count() or 1) // max(1, args.replicas))
-    for flag in ("port", "replicas", "threads", "batch", "queue"):
-        if getattr(args, flag) < 1:
-            raise ValueError(f"--{flag} {getattr(args, flag)} must be at least 1")
+    cli.at_least(1, args, "port", "replicas", "threads", "batch", "queue")
+    args.package, args.threads = args.package.absolute(), args.threads or max(1, (os.cpu_count() or 1) // args.replicas)
+    check_files(args.package, read_manifest(args.package))
     try:
         family = socket.AF_INET6 if ":" in args.host else socket.AF_INET
         socket.create_server((args.host, args.port), family=family).close()
     except (OSError, OverflowError) as error:
         raise ValueError(f"--host {args.host} --port {args.port} cannot be listened on ({error})") from None
+    if args.host not in LOOPBACK:
+        print(f"warning: {args.host} is no loopback address; whoever reaches it may use this server", file=sys.stderr)
     return args
 
 
 def main(argv: list[str] | None = None) -> None:
     """Serve until Ctrl-C or SIGTERM; what has begun is answered first."""
     args = parse(argv)
-    args.packages = [package.absolute() for package in args.packages]
-    tasks = check(args.packages)
-    if args.host not in LOOPBACK:
-        print(f"warning: {args.host} is no loopback address; whoever reaches it may use this server", file=sys.stderr)
-    os.environ.setdefault("RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH", "export.serve.doormen")
     ray = connect(args.address, "export.serve", "serve")
+    try:
+        from ray import serve
+    except ImportError:
+        raise ValueError("export.serve needs Ray Serve: pip install 'capavision[serve]'") from None
+    if serve.status().applications:
+        raise ValueError("Ray Serve on that cluster serves something already, which this would replace; end it first")
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
     try:
-        _serve(ray, args)
-        print(f"{', '.join(tasks)} at http://{args.host}:{args.port}/predict; Ctrl-C ends it", flush=True)
+        _start(ray, args)
+        host = f"[{args.host}]" if ":" in args.host else args.host
+        print(f"{args.package.name} at http://{host}:{args.port}/predict; Ctrl-C ends it", flush=True)
         stop.wait()
         print("answering what has begun, then stopping", flush=True)
     finally:
-        _stop(ray)
+        if NAME in serve.status().applications:
+            serve.delete(NAME)  # waits for the requests that have begun
+        if args.address != "local":
+            serve.shutdown()  # the cluster's proxy would keep the port
+        ray.shutdown()  # a Ray of our own ends with this; a cluster goes on
 
 
-def _serve(ray: Any, args: argparse.Namespace) -> None:
+def _start(ray: Any, args: argparse.Namespace) -> None:
     cores = ray.cluster_resources().get("CPU", 0)
     if args.replicas * args.threads > cores:
         raise ValueError(f"{args.replicas} replicas of {args.threads} threads do not fit on {cores:g} cores")
@@ -189,20 +156,11 @@ def _serve(ray: Any, args: argparse.Namespace) -> None:
 
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
     quiet = {"log_level": "ERROR", "enable_access_log": False}
-    app = application(args.packages, args.replicas, args.threads, args.batch, args.queue)
     try:
         serve.start(http_options={"host": args.host, "port": args.port, "request_timeout_s": 60}, logging_config=quiet)
-        serve.run(app, name=NAME, logging_config=quiet)
+        serve.run(application(args), name=NAME, logging_config=quiet)
     except RuntimeError as error:
         raise ValueError(f"Ray Serve does not start the replicas: {error}") from error
-
-
-def _stop(ray: Any) -> None:
-    from ray import serve
-
-    if NAME in serve.status().applications:
-        serve.delete(NAME)  # waits for the requests that have begun
-    ray.shutdown()  # a Ray of our own ends with this; a cluster goes on
 
 
 if __name__ == "__main__":

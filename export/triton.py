@@ -6,6 +6,8 @@ REPO/<task>/1/model.onnx      for the onnxruntime backend; model.onnx.data besid
 
 Triton has no adapters, so each task of a split package becomes a model of its own, whose slots hold the task's values:
 N tasks take N times the base's memory there. Normalisation stays with the client; config.pbtxt carries mean and std.
+Dynamic int8 takes its scales from a whole batch: its models run one image at a time, so that no answer depends on its
+neighbours.
 """
 
 import json
@@ -30,13 +32,17 @@ def main(argv: list[str] | None = None) -> list[str]:
     parser.add_argument("packages", type=Path, nargs="+", metavar="DIR", help="what python -m export wrote")
     parser.add_argument("--out", type=Path, required=True, metavar="REPO", help="the repository, not there yet")
     parser.add_argument("--variant", default="float32", help="of the packages' graphs (default: float32)")
-    parser.add_argument("--batch", type=int, default=16, metavar="N", help="most images a run (default: 16)")
+    parser.add_argument("--batch", type=int, metavar="N", help="most images a run (default: 16; int8: 1)")
     parser.add_argument("--delay", type=int, default=5000, metavar="US", help="µs that an image waits (default: 5000)")
     parser.add_argument("--queue", type=int, default=512, metavar="N", help="most that wait (default: 512)")
     args = parser.parse_args(argv)
-    for flag, least in (("batch", 1), ("delay", 0), ("queue", 1)):
-        if getattr(args, flag) < least:
-            raise ValueError(f"--{flag} {getattr(args, flag)} must be at least {least}")
+    cli.at_least(1, args, "batch", "queue")
+    cli.at_least(0, args, "delay")
+    if args.variant == "int8" and (args.batch or 1) > 1:
+        raise ValueError(
+            f"--variant int8 takes its scales from a whole batch, and --batch is {args.batch}; leave that out"
+        )
+    args.batch = args.batch or (1 if args.variant == "int8" else 16)
     limits = {"batch": args.batch, "delay": args.delay, "queue": args.queue}
     with store.whole_folder(args.out) as work:
         for package in args.packages:
@@ -67,7 +73,8 @@ def _add(repository: Path, classifier: Classifier, task: str, limits: Mapping[st
     version.mkdir(parents=True)
     store.save(proto, version / "model.onnx")
     _compare(version / "model.onnx", classifier, task)
-    (repository / task / "labels.txt").write_text("".join(f"{' '.join(label.split())}\n" for label in about["labels"]))
+    labels = "".join(f"{' '.join(label.split())}\n" for label in about["labels"])
+    (repository / task / "labels.txt").write_text(labels, "utf-8")
     (repository / task / "config.pbtxt").write_text(config(task, classifier, limits))
 
 

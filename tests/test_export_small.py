@@ -263,11 +263,28 @@ def test_images_that_went_away_leave_a_note_and_other_classes_are_refused(copied
         add({"digits": source}, copied, "int8-static")
 
 
-def test_the_variants_of_a_split_package_serve_every_task(tmp_path):
-    files = [bare(tmp_path / f"{task}.safetensors", seed=9 * i, task=task) for i, task in enumerate(("one", "two"))]
-    out = tmp_path / "package"
-    argv = ["--split", *map(str, files), "--out", str(out), "--quantize", "int8", "--half", "--preprocess"]
-    manifest = export_command.main(argv)
+@pytest.fixture(scope="module")
+def split_package(tmp_path_factory):
+    """(its runs, folder) of two tasks, with variants."""
+    folder = tmp_path_factory.mktemp("split")
+    files = [bare(folder / f"{task}.safetensors", seed=9 * i, task=task) for i, task in enumerate(("one", "two"))]
+    argv = [
+        "--split",
+        *map(str, files),
+        "--out",
+        str(folder / "package"),
+        "--quantize",
+        "int8",
+        "--half",
+        "--preprocess",
+    ]
+    export_command.main(argv)
+    return files, folder / "package"
+
+
+def test_the_variants_of_a_split_package_serve_every_task(split_package):
+    out = split_package[1]
+    manifest = manifest_of(out)
     assert set(manifest["quantization"]["int8"]["tasks"]) == {"one", "two"}
     pixels, plain = random_pixels(5, 8, 32), Classifier(out)
     one, two = (plain.logits(pixels, task) for task in ("one", "two"))
@@ -335,6 +352,40 @@ def test_the_graph_resizes_as_pillow_does_to_one_grey_level():
         with_preprocessing(proto, preprocessor)
 
 
+def test_what_int8_predicts_of_an_image_depends_on_no_other(package):
+    images, runtime = list(open_task("digits").splits["test"].head(12).decode(32)), Classifier(package, variant="int8")
+    alone = [runtime.predict([image])[0] for image in images]
+    assert runtime.predict(images) == alone
+    together, one = runtime.logits(np.stack(images)), runtime.logits(images[0][None])
+    assert relative_error(together[:1], one) > 1e-4, "its scales are of an image, so this test would prove nothing"
+
+
+def test_many_images_are_predicted_in_bounded_batches_and_one_is_no_list(package, monkeypatch):
+    runtime, pixels = Classifier(package), random_pixels(4, 5, 32)
+    expected = runtime.predict(list(pixels))
+    sizes = []
+    monkeypatch.setattr("export.runtime.BATCH", 2)
+    normalize = runtime.normalize
+    monkeypatch.setattr(runtime, "normalize", lambda given: sizes.append(len(given)) or normalize(given))
+    for found, wanted in zip(runtime.predict(pixels), expected, strict=True):
+        assert [label for label, _ in found] == [label for label, _ in wanted]
+        assert [p for _, p in found] == pytest.approx([p for _, p in wanted], abs=1e-6)
+    assert sizes == [2, 2, 1]
+    for image in ("cat.jpg", b"", Path("cat.jpg"), pixels[0], Image.fromarray(pixels[0])):
+        with pytest.raises(TypeError, match=r"predict takes a list of images, and this is one \w+: write \[image\]"):
+            runtime.predict(image)
+
+
+def test_a_changed_preprocess_graph_is_not_run(copied, package):
+    shutil.copy(package / FILES["preprocess"], copied)
+    assert agreement.opened(copied, manifest_of(copied))
+    content = bytearray((copied / FILES["preprocess"]).read_bytes())
+    content[len(content) // 2] ^= 1
+    (copied / FILES["preprocess"]).write_bytes(content)
+    with pytest.raises(ValueError, match=r"model_preprocess\.onnx was changed after the export"):
+        agreement.opened(copied, manifest_of(copied))
+
+
 def test_preprocessing_in_the_graph_decides_as_pillow_does(package, tmp_path, capsys):
     result = agreement.main([str(package), "--images", "90", "--json", str(tmp_path / "a.json")])
     assert result == json.loads((tmp_path / "a.json").read_text())
@@ -364,6 +415,8 @@ def test_accuracy_refuses_a_run_or_data_that_does_not_belong(package, tmp_path, 
     assert "the package 0, 1, 2" in refused(capsys, accuracy.main, package, "--task", "dsprites_loc")
     assert "--test-limit 0 must be" in refused(capsys, accuracy.main, package, "--test-limit", "0")
     assert "has no variant 'int4'" in refused(capsys, accuracy.main, package, "--variant", "int4")
+    (tmp_path / "manifest.json").write_text("[]")
+    assert "manifest.json is damaged" in refused(capsys, accuracy.main, tmp_path)
 
 
 def test_bench_sets_every_graph_beside_the_base_and_pytorch(package, run, tmp_path, capsys):
@@ -384,12 +437,49 @@ def test_bench_sets_every_graph_beside_the_base_and_pytorch(package, run, tmp_pa
     assert "ratios to base" in capsys.readouterr().out
 
 
+def test_bench_runs_a_split_package_with_an_adapter_of_its(split_package, monkeypatch):
+    """Its slots are empty otherwise, and the graph faster than any task."""
+    (_, two), out = split_package
+    found = {}
+
+    def once(calls, rounds):
+        found.update({name: call() for name, call in calls.items()})
+        return dict.fromkeys(calls, np.ones(rounds))
+
+    monkeypatch.setattr(bench, "interleaved", once)
+    monkeypatch.setattr(bench, "write_base", lambda source, manifest, path: shutil.copy(out / "model.onnx", path))
+    runtime = Classifier(out)
+    given = bench.feeds(runtime.session, 1)
+    logits = {t: runtime.session.run(["logits"], given, runtime.run_options(t))[0] for t in runtime.tasks}
+    assert relative_error(logits["one"], logits["two"]) > 0.1, "the tasks are alike, so this test would prove nothing"
+    for flags, task in (([], "one"), (["--run", str(two)], "two")):
+        bench.main([str(out), "--threads", "1", "--rounds", "1", "--no-memory", *flags])
+        assert relative_error(found["float32"][0], logits[task]) < 1e-5
+    assert relative_error(found["base"][0], logits["two"]) > 0.1
+
+
+def test_bench_keeps_its_times_where_memory_cannot_be_measured(package, monkeypatch, tmp_path, capsys):
+    def killed(*args):
+        raise ValueError("model.onnx does not run by itself (killed)")
+
+    monkeypatch.setattr(memory, "peak", killed)
+    path = tmp_path / "new" / "folder" / "b.json"
+    bench.main([str(package), "--rounds", "1", "--threads", "1", "--json", str(path)])
+    kept = json.loads(path.read_text())
+    assert kept["rows"][0]["p50_ms"] > 0
+    assert set(kept["peak_memory_mb"].values()) == {None}
+    assert [each.name for each in path.parent.iterdir()] == ["b.json"]
+    assert "does not run by itself (killed)" in capsys.readouterr().err
+
+
 def test_bench_without_a_run_compares_with_float32(package, capsys):
     result = bench.main([str(package), "--rounds", "2", "--threads", "1", "--no-memory"])
     assert result["rows"][0]["name"] == "float32"
     assert result["rows"][0]["ratio"]["median"] == 1
+    assert "ratios to float32 (--run brings the plain base)" in capsys.readouterr().out
     assert "name it with --run" in refused(capsys, bench.main, package, "--compile")
     assert "--batches 0 must be" in refused(capsys, bench.main, package, "--batches", "0")
+    assert "'1;8' must be whole numbers with commas" in refused(capsys, bench.main, package, "--batches", "1;8")
 
 
 @pytest.mark.skipif(not memory.SMAPS.is_file(), reason="only Linux tells the proportional set size")

@@ -592,39 +592,57 @@ def test_flags_that_do_not_go_together_are_refused(files, package, tmp_path, cap
 
 DELTAS = {
     "vit lora": ("test_vit", LORA, {}, True),
-    "vit circulant": ("test_vit", cv.Circulant(), {"targets": "blocks.*.attn.proj"}, False),
+    "vit circulant, legacy": ("test_vit", cv.Circulant(), {"targets": "blocks.*.attn.proj"}, False),
     "resnet lora": ("test_resnet", cv.LoRA(rank=2), {}, True),
-    "resnet circulant": ("test_resnet", cv.Circulant(), {"targets": "layer4.0.conv2"}, False),
+    "resnet circulant, legacy": ("test_resnet", cv.Circulant(), {"targets": "layer4.0.conv2"}, False),
 }
 
 
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory):
+    """Makes a package of a base, by dynamo or by legacy, which is faster; once."""
     folder = tmp_path_factory.mktemp("bases")
-    for name in ("test_vit", "test_resnet"):
-        file = run_file(folder, "third", cv.LinearProbe(), name)
-        export_command.main([str(file), "--out", str(folder / name)])
-    return folder
+
+    def make(name, exporter="dynamo"):
+        out = folder / f"{name}-{exporter}"
+        if not out.exists():
+            file = run_file(folder, f"{name}-{exporter}-run", cv.LinearProbe(), name, classes=LABELS["third"])
+            export_command.main([str(file), "--out", str(out), "--exporter", exporter])
+        return out
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def delta_file(files, bases, tmp_path_factory):
+    file = tmp_path_factory.mktemp("delta") / "it.delta"
+    export_command.main(["--delta", str(files["first"]), "--base", str(bases("test_vit")), "--out", str(file)])
+    return file
 
 
 @pytest.mark.parametrize("case", DELTAS)
-def test_a_delta_applied_offline_gives_the_merged_package_byte_for_byte(case, bases, tmp_path):
+def test_a_delta_applied_offline_gives_the_merged_package_byte_for_byte(case, bases, files, delta_file, tmp_path):
     name, method, kwargs, low_rank = DELTAS[case]
-    run = run_file(tmp_path, "first", method, name, **kwargs)
-    export_command.main([str(run), "--out", str(tmp_path / "merged")])
-    export_command.main(["--delta", str(run), "--base", str(bases / name), "--out", str(tmp_path / "it.delta")])
-    delta.main(["apply", str(tmp_path / "it.delta"), "--base", str(bases / name), "--out", str(tmp_path / "applied")])
+    exporter = "legacy" if "legacy" in case else "dynamo"
+    base, made = bases(name, exporter), delta_file
+    if case == "vit lora":
+        run = files["first"]
+    else:
+        run, made = run_file(tmp_path, "first", method, name, **kwargs), tmp_path / "it.delta"
+        export_command.main(["--delta", str(run), "--base", str(base), "--out", str(made)])
+    export_command.main([str(run), "--out", str(tmp_path / "merged"), "--exporter", exporter])
+    delta.main(["apply", str(made), "--base", str(base), "--out", str(tmp_path / "applied")])
     for file in ("model.onnx", "config.json", "preprocessor_config.json"):
         assert (tmp_path / "applied" / file).read_bytes() == (tmp_path / "merged" / file).read_bytes(), file
-    base, merged = ((folder / "model.onnx").read_bytes() for folder in (bases / name, tmp_path / "merged"))
-    assert base != merged, "the run changed nothing, so this test would prove nothing"
+    plain, merged = ((folder / "model.onnx").read_bytes() for folder in (base, tmp_path / "merged"))
+    assert plain != merged, "the run changed nothing, so this test would prove nothing"
     assert verify.main([str(tmp_path / "applied")]) < 1e-5
-    _, tensors = delta._read(tmp_path / "it.delta")
+    _, tensors = delta._read(made)
     factors = [tensor for key, tensor in tensors.items() if key.endswith("/down")]
     assert bool(factors) == low_rank
     if low_rank:
         assert max(map(len, factors)) <= 2 * 2 * 4  # branches, q and v, rank
-        assert (tmp_path / "it.delta").stat().st_size < 0.5 * len(merged)
+        assert made.stat().st_size < 0.5 * len(merged)
 
 
 @pytest.mark.parametrize("shape", [(40, 30), (24, 12, 3, 3), (7,)])
@@ -640,15 +658,8 @@ def test_what_is_stored_gives_every_bit_back(shape, rank):
     assert found.tobytes() == merged.tobytes()
 
 
-@pytest.fixture(scope="module")
-def delta_file(files, bases, tmp_path_factory):
-    file = tmp_path_factory.mktemp("delta") / "it.delta"
-    export_command.main(["--delta", str(files["first"]), "--base", str(bases / "test_vit"), "--out", str(file)])
-    return file
-
-
 def test_applying_a_delta_never_imports_torch(bases, delta_file, tmp_path):
-    argv = ["apply", str(delta_file), "--base", str(bases / "test_vit"), "--out", str(tmp_path / "applied")]
+    argv = ["apply", str(delta_file), "--base", str(bases("test_vit")), "--out", str(tmp_path / "applied")]
     code = (
         f"import sys; from export import delta; delta.main({argv!r}); "
         "heavy = {'torch', 'timm', 'capavision', 'vtab'} & set(sys.modules); sys.exit(f'{heavy}' if heavy else 0)"
@@ -661,13 +672,15 @@ def test_a_delta_is_refused_by_name_where_it_does_not_fit(bases, files, delta_fi
     make = ["--delta", run, "--out", tmp_path / "new"]
     assert "is a split package" in refused(capsys, export_command.main, *make, "--base", package)
     assert "name a package of the same base" in refused(
-        capsys, export_command.main, *make, "--base", bases / "test_resnet"
+        capsys, export_command.main, *make, "--base", bases("test_resnet")
     )
 
-    def apply(base=bases / "test_vit", out=tmp_path / "out", file=file):
+    vit = bases("test_vit")
+
+    def apply(base=vit, out=tmp_path / "out", file=file):
         return refused(capsys, delta.main, "apply", file, "--base", base, "--out", out)
 
-    assert "was made for another base package" in apply(bases / "test_resnet")
+    assert "was made for another base package" in apply(bases("test_resnet"))
     assert "exists; name another folder" in apply(out=tmp_path)
     content = bytearray(file.read_bytes())
     content[-100] ^= 1

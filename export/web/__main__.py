@@ -18,8 +18,6 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--runtime", type=Path, metavar="FILE.tgz", help="the npm package, where npm is out of reach")
     parser.add_argument("--variant", default="float32", metavar="NAME", help="which graph (default: float32)")
     args = parser.parse_args(argv)
-    if args.out.exists():
-        raise ValueError(f"{args.out} exists; name another --out, or delete it first")
     from export.web.site import build
 
     site = build(args.package, args.out, variant=args.variant, runtime=args.runtime)
