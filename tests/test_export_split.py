@@ -755,12 +755,12 @@ def test_a_hostile_delta_is_one_line_and_takes_no_memory(bases, delta_file, tmp_
     for case, change in cases.items():
         file = rewritten(delta_file, tmp_path / "it.delta", **change)
         if case == "more files":
-            delta.main(["apply", str(file), "--base", str(bases / "test_vit"), "--out", str(tmp_path / "out")])
+            delta.main(["apply", str(file), "--base", str(bases("test_vit")), "--out", str(tmp_path / "out")])
             shutil.rmtree(tmp_path / "out")
             capsys.readouterr()
         else:
             tracemalloc.start()
-            argv = ["apply", file, "--base", bases / "test_vit", "--out", tmp_path / "out"]
+            argv = ["apply", file, "--base", bases("test_vit"), "--out", tmp_path / "out"]
             said = refused(capsys, delta.main, *argv)
             peak = tracemalloc.get_traced_memory()[1]
             tracemalloc.stop()
