@@ -87,6 +87,8 @@ def to_onnx(
     """
     opset = OPSET if opset is None else opset
     check_choices(opset, exporter)
+    if exporter != "legacy":
+        import onnxscript  # noqa: F401  # without it dynamo fails, and that is no reason for legacy to take over
     for module in model.modules():  # timm's global switch would come too late for a live model
         if getattr(module, "fused_attn", False) and not isinstance(getattr(module, "delta", None), cv.AttentionDelta):
             module.fused_attn = False  # type: ignore[assignment]

@@ -79,8 +79,8 @@ def _data(task: str, source: Source, wanted: Wanted) -> "Data | None":
         return None
     try:
         return splits.open_data(run, task, wanted.data_root, list(source.labels.values()))
-    except (ValueError, OSError) as error:
-        if given:
+    except (ValueError, OSError, ModuleNotFoundError) as error:
+        if given or (needed and isinstance(error, ModuleNotFoundError)):
             raise
         if needed:
             raise ValueError(

@@ -490,8 +490,9 @@ def test_a_mistake_on_the_command_line_is_told_before_ray_starts(packages, tmp_p
     refused_command(serve.main, [merged, "--host", "192.0.2.1"], "--host 192.0.2.1 --port 8000 cannot be listened on")
 
 
-def test_without_ray_the_extra_is_named(packages, monkeypatch):
-    monkeypatch.setitem(sys.modules, "ray", None)
+@pytest.mark.parametrize("found", [None, types.ModuleType("ray")], ids=["nothing", "a folder called ray"])
+def test_without_ray_the_extra_is_named(found, packages, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", found)
     refused_command(serve.main, [packages[0], "--port", free_port()], r"needs Ray: pip install 'capavision\[serve\]'")
 
 
