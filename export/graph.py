@@ -78,7 +78,8 @@ def to_onnx(
         labels: class index as text -> name, stored in the graph.
         opset: one of OPSETS; None is 20.
         exporter: "dynamo" or "legacy"; None is dynamo and, where that fails, legacy, with a warning. With
-            `dynamic_size` it is dynamo alone, because legacy would take sizes for constants and not say so.
+            `dynamic_size` it is dynamo alone, because legacy takes sizes that a model computes with for constants and
+            does not say so: whoever asks for it compares at another size, as `export.sizes` does.
         dynamic_size: leave height and width open too.
         inputs: what `model` takes after the image.
 

@@ -100,6 +100,7 @@ def test_a_run_that_is_not_there_names_those_near_it(tmp_path, capsys):
         (tmp_path / "runs" / run).mkdir(parents=True)
         (tmp_path / "runs" / run / "adapter.safetensors").touch()
     (tmp_path / "runs" / "half").mkdir()
+    (tmp_path / "runs" / "half" / "config.json").touch()
     (tmp_path / "runs" / "one.safetensors").touch()
     for given, meant in {
         "deeper/and/deeper": "'mine' or 'one.safetensors' or 'other'",
@@ -110,6 +111,10 @@ def test_a_run_that_is_not_there_names_those_near_it(tmp_path, capsys):
         assert f"{given} is not there; in {tmp_path / 'runs'}, did you mean {meant}?" in said
     said = refused(capsys, export_command.main, tmp_path / "runs" / "half", "--out", tmp_path / "package")
     assert "half holds no adapter.safetensors; finish the run first" in said
+    said = refused(capsys, export_command.main, tmp_path / "runs", "--out", tmp_path / "package")
+    assert "runs holds runs: mine, other; name one" in said
+    said = refused(capsys, export_command.main, tmp_path, "--out", tmp_path / "package")
+    assert f"{tmp_path} is no run's folder" in said
 
 
 TIMM = {"input_size": [3, 32, 32], "interpolation": "bicubic", "mean": [0.5] * 3, "std": [0.5] * 3, "crop_pct": 0.9}
@@ -314,6 +319,14 @@ def test_a_linear_probe_exports(tmp_path):
 
 REFUSED = {
     "no run": (lambda f, t: [export_command.main, t, "--out", t / "p"], "holds no adapter.safetensors"),
+    "nothing": (lambda f, t: [export_command.main], "give one of RUN_DIR, --split RUN1 RUN2 … and --delta RUN; see"),
+    "no out": (lambda f, t: [export_command.main, f], "name what to write: --out DIR"),
+    "a run to verify": (lambda f, t: [verify.main, f.parent], "is a run; python -m export"),
+    "a graph to verify": (
+        lambda f, t: [verify.main, f.parent / "package" / "model.onnx"],
+        "model.onnx is a file; name",
+    ),
+    "variant": (lambda f, t: [predict.main, f.parent / "package", "x.png", "--variant", "int8"], "no variant 'int8'"),
     "out exists": (lambda f, t: [export_command.main, f, "--out", t], "exists; name another --out"),
     "shortened flag": (
         lambda f, t: [export_command.main, f, "--out", t / "p", "--tol", "1"],
