@@ -21,9 +21,14 @@ GROUPS = ("attention", "mlp", "linear", "conv", "all")
 def near(name: str, choices: Iterable[str]) -> str:
     """The choices that read like `name`, for an error message; all of them if they are few."""
     choices = sorted(set(choices))
-    close = difflib.get_close_matches(name, choices, n=4, cutoff=0.6)
+    close = alike(name, choices)
     close = close or (choices if len(choices) <= 12 else choices[:4])
     return "did you mean " + " or ".join(map(repr, close)) + "?" if close else "there is nothing to choose from"
+
+
+def alike(name: str, choices: Iterable[str]) -> list[str]:
+    """The choices that read like `name`, perhaps none."""
+    return difflib.get_close_matches(name, sorted(set(choices)), n=4, cutoff=0.6)
 
 
 def choose(model: nn.Module, method: Method, targets: Targets, parts: Parts) -> dict[str, Spans]:

@@ -14,7 +14,7 @@ from export.wanted import Wanted, add_flags
 
 FORMS = {
     "merged": "merged into the plain graph",
-    "folded": "folded into dense bottlenecks",
+    "folded": "folded into dense bottlenecks or prefixes",
     "split": "a base graph and an adapter file for each task",
 }
 
@@ -60,7 +60,8 @@ def _tell(out: Path, manifest: dict[str, Any]) -> None:
     files, tasks = manifest["files"], manifest["tasks"]
     worst = max(max(task["parity"]["relative_error"].values()) for task in tasks.values())
     size = sum(each["bytes"] for name, each in files.items() if name.startswith("model.onnx")) / 1e6
-    print(f"{out}: {size:.1f} MB, {FORMS[manifest['form']]}, within {worst:.1e} of PyTorch at batches 1, 2, 3, 5")
+    form = FORMS[manifest["form"]] + (", height and width open" if "dynamic_size" in manifest else "")
+    print(f"{out}: {size:.1f} MB, {form}, within {worst:.1e} of PyTorch at batches 1, 2, 3, 5")
     for name, task in tasks.items():
         if task["adapter"]:
             print(f"  {name}: {files[task['adapter']]['bytes'] / 1e6:.2f} MB, {len(task['labels'])} classes")
@@ -86,15 +87,14 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--out",
         type=Path,
-        required=True,
         metavar="DIR",
-        help="the package's folder (of --delta the file), not there yet",
+        help="where to write: the package's folder (of --delta the file), not there yet",
     )
-    parser.add_argument("--opset", type=int, metavar="N", help="ONNX opset: 18, 20 or 23 (default: 20)")
+    parser.add_argument("--opset", type=int, metavar="{18,20,23}", help="ONNX opset (default: 20)")
     parser.add_argument(
         "--exporter",
-        metavar="NAME",
-        help="PyTorch's dynamo or legacy (default: dynamo, and legacy where that fails; the manifest says which)",
+        metavar="{dynamo,legacy}",
+        help="PyTorch's (default: dynamo, and legacy where that fails; the manifest says which)",
     )
     parser.add_argument(
         "--dynamic-size", action="store_true", help="leave height and width open, where the architecture allows it"
@@ -110,6 +110,8 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if sum(bool(each) for each in (args.run, args.split, args.delta)) != 1:
         parser.error("give one of RUN_DIR, --split RUN1 RUN2 … and --delta RUN")
+    if not args.out:
+        parser.error("name what to write: --out DIR, not there yet")
     if args.delta and (args.quantize or args.half or args.preprocess):
         parser.error("--quantize, --half and --preprocess are for packages; a delta has none of them")
     if (args.delta is None) != (args.base is None):

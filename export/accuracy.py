@@ -32,7 +32,12 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     runtime = Classifier(args.package, task, **chosen)
     judged = _recorded(args.run, runtime) if args.run else {}
     run = splits.settings(args.run / "adapter.safetensors") if args.run else {}
-    data = splits.open_data(run, args.task or runtime.task, args.data_root, runtime.labels)
+    try:
+        data = splits.open_data(run, args.task or runtime.task, args.data_root, runtime.labels)
+    except (ValueError, OSError) as error:
+        if run.get("data_root") and not args.data_root:
+            raise ValueError(f"{error}; if the images lie elsewhere now, name --data-root") from error
+        raise
     split = data.splits[judged.get("split", "test")].head(args.test_limit or judged.get("images"))
     predicted = np.concatenate([*(_whole if preprocess else _squashed)(args.package, runtime, split)])
     score = splits.score(int((predicted == split.labels).sum()), len(split))

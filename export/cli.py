@@ -7,11 +7,20 @@ import argparse
 import json
 import os
 import sys
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
 STOPPED = 130  # what shells report for Ctrl-C
+EXTRAS = {  # of capavision: what each brings, by the name that is imported; "" is capavision itself
+    "export": ("onnx", "onnxruntime", "onnxscript", "PIL"),
+    "vtab": ("sklearn", "scipy", "matplotlib", "tqdm", "filelock", "rich", "jinja2"),
+    "tfds": ("tensorflow_datasets", "tensorflow", "importlib_resources"),
+    "ray": ("ray",),
+    "slurm": ("submitit",),
+    "": ("torch", "torchvision", "timm", "numpy", "safetensors", "huggingface_hub"),
+}
 
 
 class Parser(argparse.ArgumentParser):
@@ -64,18 +73,54 @@ def write_json(path: Path, content: Any) -> None:
 def run(main: Callable[[], Any], stopped: str = "nothing was written") -> None:
     """Call `main`; turn what a user can mend into one line on stderr and exit code 2, without a traceback.
 
-    CAPAVISION_TRACEBACK=1 shows the traceback all the same. After Ctrl-C `stopped` says what there is.
+    A package that is not installed counts too, if an extra of ours brings it. CAPAVISION_TRACEBACK=1 shows the
+    traceback all the same. After Ctrl-C `stopped` says what there is.
     """
     try:
         main()
     except KeyboardInterrupt:
         print(f"\nstopped; {stopped}", file=sys.stderr)
         sys.exit(STOPPED)
-    except (ValueError, OSError) as error:
-        if os.environ.get("CAPAVISION_TRACEBACK"):
+    except (ValueError, OSError, ModuleNotFoundError) as error:
+        if not (told := _told(error)):
             raise
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
+        _refuse(told)
+
+
+def _told(error: BaseException) -> str:
+    """The line; nothing where the traceback is to be seen."""
+    if os.environ.get("CAPAVISION_TRACEBACK"):
+        return ""
+    return absent(error) if isinstance(error, ModuleNotFoundError) else " ".join(str(error).split())
+
+
+def _refuse(told: str) -> NoReturn:
+    print(f"error: {told}", file=sys.stderr)
+    sys.exit(2)
+
+
+def absent(error: ImportError) -> str:
+    """Which package is missing, and what brings it; nothing where that is no package of ours.
+
+    >>> absent(ModuleNotFoundError(name="onnx"))
+    "onnx is not installed; pip install 'capavision[export]'"
+    """
+    extra = next((extra for extra, names in EXTRAS.items() if error.name in names), None)
+    brings = f"'capavision[{extra}]'" if extra else "capavision"
+    return "" if extra is None else f"{error.name} is not installed; pip install {brings}"
+
+
+def guard_imports() -> None:
+    """In python -m …, tell as `run` does what a command's module lacks to be imported, which is before `run`."""
+    if sys.argv[:1] != ["-m"]:  # as it is while Python looks for the module
+        return
+
+    def told(kind: type[BaseException], error: BaseException, trace: types.TracebackType | None) -> None:
+        if isinstance(error, ModuleNotFoundError) and (said := _told(error)):
+            _refuse(said)
+        sys.__excepthook__(kind, error, trace)
+
+    sys.excepthook = told
 
 
 def first_line(error: BaseException) -> str:

@@ -30,6 +30,7 @@ def connect(address: str, flag: str, extra: str) -> Any:
         os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
     try:
         import ray
+        from ray import init  # any folder called ray can be imported
     except ImportError:
         raise ValueError(f"{flag} needs Ray: pip install 'capavision[{extra}]'") from None
     if address == "local" and tuple(map(int, ray.__version__.split(".")[:2])) < OLDEST:
@@ -38,7 +39,7 @@ def connect(address: str, flag: str, extra: str) -> Any:
     try:
         if known:  # Ray itself would try for ten minutes
             socket.create_connection((known[1], int(known[2])), timeout=5).close()
-        ray.init(address, log_to_driver=False, logging_level="ERROR", **small)
+        init(address, log_to_driver=False, logging_level="ERROR", **small)
     except (OSError, OverflowError, ValueError, RuntimeError) as error:
         raise ValueError(
             f"no Ray cluster answers at {address!r} ({error}); ray start --head begins one, and 'local' is one of this "

@@ -30,7 +30,7 @@ from safetensors.numpy import save_file
 
 from export import cli
 from export.runtime import TOLERANCE, check_files, read_manifest
-from export.shape import SHA256, fits
+from export.shape import SHA256, apart, fits
 from export.store import load, save, whole_folder
 
 FORMAT = 1
@@ -53,9 +53,8 @@ def make(source: Any, base: Path, out: Path, tolerance: float = TOLERANCE) -> di
     refuse_existing(out)
     theirs = _base_manifest(base)
     if theirs["base"] != source.about["base"]:
-        raise ValueError(
-            f"{base} is of {theirs['base']}, and the run of {source.about['base']}; name a package of the same base"
-        )
+        has, wants = apart(theirs["base"], source.about["base"])
+        raise ValueError(f"{base} has {has}, the run has {wants}; name a package of the same base")
     settings = {"exporter": theirs["exporter"], "dynamic_size": "dynamic_size" in theirs}
     with replacing(out) as file, tempfile.TemporaryDirectory() as folder:
         merged = Path(folder) / "merged"

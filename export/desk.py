@@ -16,6 +16,7 @@ HEARD = 4  # times that: a body up to there is heard out and dropped, since clie
 PATIENCE = 10.0  # seconds in which a body must arrive
 DECODERS = 4  # images decoded at a time, of up to 1.1 GB each
 MOST = 9999  # labels of an answer
+PARAMETERS = ("task", "top")  # of a query
 
 Item = tuple[str, np.ndarray]  # task, pixels
 Row = list[tuple[str, float]]
@@ -55,17 +56,18 @@ async def read_body(headers: Mapping[str, str], chunks: AsyncIterator[bytes]) ->
 
 
 class Desk:
-    """The package of one replica, and what it answers: by its float32 graph, whose answers no neighbour changes.
+    """The package of one replica, and what it answers.
 
     Args:
         package: its folder.
         threads: of ONNX Runtime.
         queue: the most requests that it works on or that wait.
+        variant: which graph answers; no dynamic int8, whose answers depend on the others of a batch.
     """
 
-    def __init__(self, package: Path, threads: int, queue: int = 256) -> None:
+    def __init__(self, package: Path, threads: int, queue: int = 256, variant: str = "float32") -> None:
         self.waiting, self.queue = 0, queue
-        self.model = Classifier(package, threads=threads)
+        self.model = Classifier(package, threads=threads, variant=variant)
         self.decoders = ThreadPoolExecutor(DECODERS)  # a semaphore would forget those whose client has gone
 
     def tasks(self) -> dict[str, list[str]]:
@@ -78,9 +80,11 @@ class Desk:
         """The most probable labels of the image in `body`; `batched` sends it through `rows`, with others.
 
         Raises:
-            RefusedError: too many wait (503); no such task (404); none named of several, a `top` that is no number, no
-                image (400).
+            RefusedError: too many wait (503); no such task (404); another parameter, none named of several tasks, a
+                `top` that is no number, no image (400).
         """
+        if unknown := sorted(query.keys() - PARAMETERS):
+            raise RefusedError(400, f"there is no parameter {unknown[0][:80]!r}; there are {' and '.join(PARAMETERS)}")
         tasks, top = self.model.tasks, query.get("top", "5")
         task = query.get("task", tasks[0] if len(tasks) == 1 else None)
         if task is None:
@@ -89,6 +93,8 @@ class Desk:
             raise RefusedError(404, f"there is no task {task[:80]!r}; GET /tasks lists them")
         if not re.fullmatch(r"[1-9][0-9]{0,3}", top):
             raise RefusedError(400, f"top={top[:20]!r} must be a whole number from 1 to {MOST}")
+        if not body:
+            raise RefusedError(400, "the body is empty; it must be an image file, as curl --data-binary @cat.jpg sends")
         if self.waiting == self.queue:
             raise RefusedError(503, f"{self.queue} requests wait already; try again in a moment")
         self.waiting += 1

@@ -78,7 +78,8 @@ def to_onnx(
         labels: class index as text -> name, stored in the graph.
         opset: one of OPSETS; None is 20.
         exporter: "dynamo" or "legacy"; None is dynamo and, where that fails, legacy, with a warning. With
-            `dynamic_size` it is dynamo alone, because legacy would take sizes for constants and not say so.
+            `dynamic_size` it is dynamo alone, because legacy takes sizes that a model computes with for constants and
+            does not say so: whoever asks for it compares at another size, as `export.sizes` does.
         dynamic_size: leave height and width open too.
         inputs: what `model` takes after the image.
 
@@ -87,6 +88,8 @@ def to_onnx(
     """
     opset = OPSET if opset is None else opset
     check_choices(opset, exporter)
+    if exporter != "legacy":
+        import onnxscript  # noqa: F401  # without it dynamo fails, and that is no reason for legacy to take over
     for module in model.modules():  # timm's global switch would come too late for a live model
         if getattr(module, "fused_attn", False) and not isinstance(getattr(module, "delta", None), cv.AttentionDelta):
             module.fused_attn = False  # type: ignore[assignment]

@@ -46,7 +46,7 @@ class Source:
             raise ValueError(f"{path} is not there; {_near(path)}")
         file = path / ADAPTER if path.is_dir() else path
         if not file.is_file():
-            raise ValueError(f"{path} holds no {ADAPTER}; finish the run first, or name an adapter file")
+            raise ValueError(_unfinished(path))
         about = cv.describe(file)
         _check_described(file, about)
         return cls(file, about, cv.load(file).float().eval())
@@ -76,6 +76,15 @@ def _near(path: Path) -> str:
     folder = next(parent for parent in path.absolute().parents if parent.is_dir())
     there = [p.name for p in folder.iterdir() if p.suffix == ".safetensors" or (p / ADAPTER).is_file()]
     return f"in {folder}, {near(path.absolute().relative_to(folder).parts[0], there)}"
+
+
+def _unfinished(folder: Path) -> str:
+    """Why there is nothing to export in a folder without an adapter file."""
+    if (folder / "config.json").is_file():
+        return f"{folder} holds no {ADAPTER}; finish the run first, or name an adapter file"
+    if runs := sorted(path.parent.name for path in folder.glob(f"*/{ADAPTER}")):
+        return f"{folder} holds runs: {', '.join(runs[:3])}{' …' if len(runs) > 3 else ''}; name one"
+    return f"{folder} is no run's folder: it holds no {ADAPTER}, and no config.json"
 
 
 def _check_described(file: Path, about: dict[str, Any]) -> None:

@@ -63,8 +63,12 @@ def read_manifest(folder: Path) -> Any:
     """The manifest of a package.
 
     Raises:
-        ValueError: it is missing or damaged, or of another format.
+        ValueError: it is missing or damaged, or of another format; the folder is a file, or a run.
     """
+    if folder.is_file():
+        raise ValueError(f"{folder} is a file; name the package's folder")
+    if (folder / "adapter.safetensors").is_file() and not (folder / "manifest.json").is_file():
+        raise ValueError(f"{folder} is a run; python -m export {folder} --out DIR makes a package of it")
     manifest = read_json(folder / "manifest.json")
     found = manifest.get("schema_version") if isinstance(manifest, dict) else None
     if type(found) is int and found != SCHEMA:
@@ -85,6 +89,25 @@ def check_files(folder: Path, manifest: Any, but: Collection[str] = ()) -> None:
             raise ValueError(f"{path} is missing; export again")
         if sha256(path) != recorded["sha256"]:
             raise ValueError(f"{path} was changed after the export; export again")
+
+
+def graph_of(folder: Path, manifest: Any, variant: str) -> str:
+    """The file of a variant that takes pixels and gives logits.
+
+    Raises:
+        ValueError: there is none of that name, or it takes whole images.
+    """
+    graphs = manifest["graphs"]
+    own = f"choose of {', '.join(name for name in graphs if name != 'preprocess')}"
+    if variant not in graphs:
+        raise ValueError(f"{folder} has no variant {variant!r}; {own}")
+    graph: str = graphs[variant]
+    if variant == "preprocess":
+        raise ValueError(
+            f"{folder / graph} takes image uint8 (H, W, 3) and gives probabilities, so run it in ONNX Runtime; "
+            f"here {own}"
+        )
+    return graph
 
 
 class Classifier:
@@ -119,10 +142,8 @@ class Classifier:
         self.folder, self.variant = Path(folder), variant
         self.manifest = read_manifest(self.folder)
         graphs, files = self.manifest["graphs"], self.manifest["files"]
-        if variant not in graphs or variant == "preprocess":
-            own = ", ".join(name for name in graphs if name != "preprocess")
-            raise ValueError(f"{folder} has no variant {variant!r}; choose of {own}")
-        graph, data = graphs[variant], f"{graphs[variant]}.data"
+        graph = graph_of(self.folder, self.manifest, variant)
+        data = f"{graph}.data"
         check_files(
             self.folder, self.manifest, but={*graphs.values(), *(f"{g}.data" for g in graphs.values())} - {graph, data}
         )
@@ -245,7 +266,7 @@ class Classifier:
         What an image gets depends on no other: dynamic int8, whose scales are of a whole batch, sees one at a time.
 
         Raises:
-            ValueError: an unknown task, an image that does not decode.
+            ValueError: an unknown task, an image that does not decode, a `top` below 1.
             TypeError: one image instead of a list.
         """
         task = self._task if task is None else self._known(task)
@@ -253,6 +274,8 @@ class Classifier:
             isinstance(images, np.ndarray) and images.ndim in (2, 3)
         ):
             raise TypeError(f"predict takes a list of images, and this is one {type(images).__name__}: write [image]")
+        if top < 1:
+            raise ValueError(f"top={top} must be at least 1")
         count = 1 if self.variant == "int8" else BATCH
         pieces = (images[start : start + count] for start in range(0, len(images), count))
         return [row for piece in pieces for row in self._rows(piece, top, task)]

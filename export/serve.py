@@ -7,10 +7,10 @@ GET  /metrics                    Prometheus text: what Ray and Ray Serve count o
 
 curl --data-binary @cat.jpg 'http://127.0.0.1:8000/predict?top=3'
 
-Images meet in batches, so the float32 graph answers: dynamic int8 takes its scales from a whole batch, and an answer
-would depend on its neighbours. A task is a parameter of the request and no multiplexed model: the tasks of a package
-share one session, a switch costs nothing, and multiplexing would route by task, and load and evict, what every replica
-has in memory anyway.
+Images meet in batches, so any --variant answers but dynamic int8: that takes its scales from a whole batch, and an
+answer would depend on its neighbours. A task is a parameter of the request and no multiplexed model: the tasks of a
+package share one session, a switch costs nothing, and multiplexing would route by task, and load and evict, what every
+replica has in memory anyway.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from typing import Any
 from export import cli
 from export.cluster import connect
 from export.desk import Desk, Item, RefusedError, Row, read_body
-from export.runtime import check_files, read_manifest
+from export.runtime import check_files, graph_of, read_manifest
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 NAME = "capavision"
@@ -50,7 +50,7 @@ def application(args: argparse.Namespace) -> Any:
     )
     class Replica:
         def __init__(self) -> None:
-            self.desk = Desk(args.package, args.threads, args.queue)
+            self.desk = Desk(args.package, args.threads, args.queue, args.variant)
 
         @serve.batch(max_batch_size=args.batch, batch_wait_timeout_s=0.005)
         async def batched(self, items: list[Item]) -> list[Row]:
@@ -95,7 +95,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     """The command's flags.
 
     Raises:
-        ValueError: a number below 1; an address that cannot be listened on; no package, or a changed one.
+        ValueError: a number below 1; an address that cannot be listened on; no package, or a changed one; dynamic int8,
+            or a variant that there is not.
     """
     parser = cli.Parser(prog="python -m export.serve", description=__doc__.splitlines()[0])
     parser.add_argument("package", type=Path, metavar="DIR", help="what python -m export wrote")
@@ -107,10 +108,18 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=16, metavar="N", help="most images a run (default: 16)")
     queue = "requests that wait in a replica; then 503 (default: 256)"
     parser.add_argument("--queue", type=int, default=256, metavar="N", help=queue)
+    parser.add_argument("--variant", default="float32", metavar="NAME", help="which graph answers (default: float32)")
     args = parser.parse_args(argv)
     cli.at_least(1, args, "port", "replicas", "threads", "batch", "queue")
     args.package, args.threads = args.package.absolute(), args.threads or max(1, (os.cpu_count() or 1) // args.replicas)
-    check_files(args.package, read_manifest(args.package))
+    manifest = read_manifest(args.package)
+    check_files(args.package, manifest)
+    if args.variant == "int8":
+        raise ValueError(
+            "--variant int8 takes its scales from a whole batch, so an answer would depend on its neighbours; serve "
+            "int8-static, float16 or float32"
+        )
+    graph_of(args.package, manifest, args.variant)
     try:
         family = socket.AF_INET6 if ":" in args.host else socket.AF_INET
         socket.create_server((args.host, args.port), family=family).close()

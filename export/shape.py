@@ -30,6 +30,19 @@ def fits(value: Any, shape: Any) -> bool:
     return bool(shape(value))
 
 
+def apart(first: Any, second: Any) -> tuple[str, str]:
+    """What each of two values says that the other does not.
+
+    >>> apart({"model": "resnet18", "weights": "random"}, {"model": "resnet18", "weights": "pretrained"})
+    ('weights random', 'weights pretrained')
+    """
+    if not (isinstance(first, dict) and isinstance(second, dict)):
+        return str(first), str(second)
+    keys = [key for key in first | second if first.get(key) != second.get(key)]
+    one, other = (", ".join(f"{key} {each.get(key)}" for key in keys) for each in (first, second))
+    return one, other
+
+
 def number(value: Any) -> bool:
     """A finite one."""
     return type(value) in (int, float) and abs(value) < 1e300

@@ -32,6 +32,7 @@ from export.package import Source, Then, adapter_of, head_of, write, write_manif
 from export.parity import parity
 from export.runtime import TOLERANCE, Classifier
 from export.session import model_version
+from export.shape import apart
 from export.slots import EXAMPLE, Slot, free_axes, opened
 
 MERGED = "export it merged, python -m export RUN --out DIR"
@@ -130,9 +131,10 @@ def _common_base(sources: dict[str, Source]) -> nn.Module:
         for what in ("base", "preprocessing"):
             mine, theirs = (_said(each, what) for each in (first, source))
             if mine != theirs:
+                mine, theirs = apart(mine, theirs)
                 raise ValueError(
                     f"the runs of one package share base and preprocessing, and {other} has {what} {theirs}, {name} "
-                    f"{mine}; export it to a package of its own"
+                    f"has {mine}; export it to a package of its own"
                 )
         found = base_tensors(_plain(other, source))
         for key, tensor in tensors.items():

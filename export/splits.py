@@ -37,10 +37,8 @@ def open_data(run: dict[str, Any], task: str, root: Path | None, labels: Sequenc
     Raises:
         ValueError: no such task or data, or data with other classes.
     """
-    try:
-        from vtab.data import open_task
-    except ImportError as error:
-        raise ValueError(f"a task's images need the vtab extra ({error}); pip install capavision[vtab]") from error
+    from vtab.data import open_task
+
     root = root or (Path(run["data_root"]) if run.get("data_root") else None)
     split_file = Path(run["split_file"]) if run.get("split_file") else None
     data = open_task(

@@ -79,8 +79,8 @@ def _data(task: str, source: Source, wanted: Wanted) -> "Data | None":
         return None
     try:
         return splits.open_data(run, task, wanted.data_root, list(source.labels.values()))
-    except (ValueError, OSError) as error:
-        if given:
+    except (ValueError, OSError, ModuleNotFoundError) as error:
+        if given or (needed and isinstance(error, ModuleNotFoundError)):
             raise
         if needed:
             raise ValueError(
@@ -133,15 +133,19 @@ def _measured(
     """What the manifest says of a variant that computes with other numbers."""
     size = sum(path.stat().st_size for path in folder.glob(f"{FILES[name]}*"))
     about: dict[str, Any] = {"kind": KINDS[name], "bytes": size}
+    scales = ""
     if name == "int8-static":
-        drawn = {"images": wanted.calibration_images, "seed": wanted.calibration_seed}
-        about["calibration"] = {"split": "train", **drawn}
+        split = next(iter(data.values())).splits["train"]
+        images = min(wanted.calibration_images, len(split))
+        about["calibration"] = {"split": "train", "images": images, "seed": wanted.calibration_seed}
+        scales = f"; scales from {images} training images"
     float32, variant = Classifier(folder), Classifier(folder, variant=name)
     found = {task: compared(float32, variant, images, task) for task, images in data.items()}
     for task, figures in found.items():
         if "validation" in figures:  # a final run trains on these images too
             figures["validation"]["seen_in_training"] = splits.settings(sources[task].path).get("stage") == "final"
-        print(said(name, size / sum(p.stat().st_size for p in folder.glob("model.onnx*")), size, task, figures))
+        share = size / sum(path.stat().st_size for path in folder.glob("model.onnx*"))
+        print(said(name, share, size, task, figures) + scales)
     return about | (next(iter(found.values())) if len(found) == 1 else {"tasks": found})
 
 
@@ -195,6 +199,7 @@ def said(name: str, share: float, size: int, task: str, figures: dict[str, Any])
     if "validation" in figures:
         found = figures["validation"]
         cost = f"{found['float32']:.1f} % -> {found['quantized']:.1f} % of {found['images']} validation images"
+        cost += " (the run trained on them)" if found.get("seen_in_training") else ""
     else:
         found = figures["agreement_on_random_pixels"]
         cost = f"float32's top-1 on {found['top1']:.1f} % of {found['images']} images of random pixels"

@@ -12,11 +12,11 @@ RUN = {".onnx", ".data", ".onnx_adapter"}  # what a runtime may load
 
 
 def main(argv: list[str] | None = None) -> float:
-    """Check every checksum, then run every task's stored probe; returns the largest relative error.
+    """Check every checksum, run every task's stored probe, and the variants; returns the largest relative error.
 
     Raises:
         ValueError: a file that is missing, changed or of no task, two tasks with one adapter, or a probe that gives
-            other logits.
+            other logits; a variant that does not run or gives no numbers.
     """
     parser = cli.Parser(prog="python -m export.verify", description=__doc__)
     parser.add_argument("package", type=Path, metavar="DIR", help="what python -m export wrote")
@@ -27,7 +27,10 @@ def main(argv: list[str] | None = None) -> float:
     classifier = Classifier(folder)
     worst = max(_probe(classifier, name) for name in classifier.tasks)
     tasks = f"the probes of {len(classifier.tasks)} tasks" if len(classifier.tasks) > 1 else "probe"
-    print(f"{folder}: {len(manifest['files'])} checksums right, {tasks} within {worst:.1e}")
+    told = {name: _state(folder, name) for name in manifest["graphs"] if name != "float32"}
+    others = "".join(f"; {name}: {state}" for name, state in told.items())
+    where = " in float32" if others else ""
+    print(f"{folder}: {len(manifest['files'])} checksums right, {tasks} within {worst:.1e}{where}{others}")
     return worst
 
 
@@ -42,11 +45,28 @@ def _check_owners(folder: Path, manifest: Any) -> None:
             raise ValueError(f"{folder}: the tasks {other} and {name} share {task['adapter']}; export again")
 
 
+def _logits(classifier: Classifier, name: str) -> np.ndarray:
+    """Of a task's probe images."""
+    probe = classifier.manifest["tasks"][name]["probe"]
+    pixels = random_pixels(probe["seed"], probe["count"], classifier.preprocessor["size"]["height"])
+    return classifier.logits(pixels, name)
+
+
+def _state(folder: Path, variant: str) -> str:
+    """What is known of a variant, of whose logits no probe tells; ValueError unless it gives numbers for every task."""
+    if variant == "preprocess":
+        return "checksum only"
+    classifier = Classifier(folder, variant=variant)
+    for name in classifier.tasks:
+        if not np.isfinite(_logits(classifier, name)).all():
+            raise ValueError(f"{folder}: {variant} gives logits of {name} that are not finite; export again")
+    return "logits finite"
+
+
 def _probe(classifier: Classifier, name: str) -> float:
     task = classifier.manifest["tasks"][name]
     probe, tolerance = task["probe"], task["parity"]["tolerance"]
-    pixels = random_pixels(probe["seed"], probe["count"], classifier.preprocessor["size"]["height"])
-    found, expected = classifier.logits(pixels, name), np.array(probe["logits"], np.float64)
+    found, expected = _logits(classifier, name), np.array(probe["logits"], np.float64)
     if found.shape != expected.shape or found.shape[1:] != (len(task["labels"]),):
         shapes = f"logits of {found.shape}, its probe {expected.shape}, and it has {len(task['labels'])} labels"
         raise ValueError(f"{classifier.folder}: {name} has {shapes}; export again")

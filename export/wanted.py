@@ -5,6 +5,11 @@ import dataclasses
 from pathlib import Path
 
 QUANTIZED = ("int8", "int8-static")
+USED_BY = {  # which variants a flag is for, and their flags
+    "calibration_images": (("int8-static",), "--quantize int8-static"),
+    "calibration_seed": (("int8-static",), "--quantize int8-static"),
+    "data_root": ((*QUANTIZED, "float16"), "--quantize or --half"),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,9 +35,19 @@ class Wanted:
 
     @classmethod
     def of(cls, args: argparse.Namespace) -> "Wanted":
-        """As the flags say."""
+        """As the flags say.
+
+        Raises:
+            ValueError: a number too low, a flag that no wanted variant uses.
+        """
         flags = [*args.quantize, *(["float16"] if args.half else []), *(["preprocess"] if args.preprocess else [])]
-        return cls(tuple(dict.fromkeys(flags)), args.calibration_images, args.calibration_seed, args.data_root)
+        given = {name: getattr(args, name) for name in USED_BY if getattr(args, name) is not None}
+        wanted = cls(tuple(dict.fromkeys(flags)), **given)
+        for name in given:
+            users, asked = USED_BY[name]
+            if not set(users) & set(wanted.names):
+                raise ValueError(f"--{name.replace('_', '-')} has no use without {asked}; add that, or leave it out")
+        return wanted
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -43,16 +58,13 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         choices=QUANTIZED,
-        metavar="KIND",
         help="int8 (MatMul and Gemm; no data needed) or int8-static (convolutions too; scales measured on training "
         "images); may be given twice",
     )
     group.add_argument("--half", action="store_true", help="float16 weights, for half the size")
     group.add_argument("--preprocess", action="store_true", help="uint8 image of any size in, probabilities out")
-    group.add_argument(
-        "--calibration-images", type=int, default=128, metavar="N", help="images for int8-static (default: 128)"
-    )
-    group.add_argument("--calibration-seed", type=int, default=0, metavar="N", help="which images (default: 0)")
+    group.add_argument("--calibration-images", type=int, metavar="N", help="images for int8-static (default: 128)")
+    group.add_argument("--calibration-seed", type=int, metavar="N", help="which images (default: 0)")
     group.add_argument(
         "--data-root", type=Path, metavar="PATH", help="the task's images, if no longer where the run had them"
     )

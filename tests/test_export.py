@@ -1,7 +1,10 @@
 import json
+import os
 import re
 import subprocess
 import sys
+import tomllib
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -97,6 +100,7 @@ def test_a_run_that_is_not_there_names_those_near_it(tmp_path, capsys):
         (tmp_path / "runs" / run).mkdir(parents=True)
         (tmp_path / "runs" / run / "adapter.safetensors").touch()
     (tmp_path / "runs" / "half").mkdir()
+    (tmp_path / "runs" / "half" / "config.json").touch()
     (tmp_path / "runs" / "one.safetensors").touch()
     for given, meant in {
         "deeper/and/deeper": "'mine' or 'one.safetensors' or 'other'",
@@ -107,6 +111,10 @@ def test_a_run_that_is_not_there_names_those_near_it(tmp_path, capsys):
         assert f"{given} is not there; in {tmp_path / 'runs'}, did you mean {meant}?" in said
     said = refused(capsys, export_command.main, tmp_path / "runs" / "half", "--out", tmp_path / "package")
     assert "half holds no adapter.safetensors; finish the run first" in said
+    said = refused(capsys, export_command.main, tmp_path / "runs", "--out", tmp_path / "package")
+    assert "runs holds runs: mine, other; name one" in said
+    said = refused(capsys, export_command.main, tmp_path, "--out", tmp_path / "package")
+    assert f"{tmp_path} is no run's folder" in said
 
 
 TIMM = {"input_size": [3, 32, 32], "interpolation": "bicubic", "mean": [0.5] * 3, "std": [0.5] * 3, "crop_pct": 0.9}
@@ -311,6 +319,14 @@ def test_a_linear_probe_exports(tmp_path):
 
 REFUSED = {
     "no run": (lambda f, t: [export_command.main, t, "--out", t / "p"], "holds no adapter.safetensors"),
+    "nothing": (lambda f, t: [export_command.main], "give one of RUN_DIR, --split RUN1 RUN2 … and --delta RUN; see"),
+    "no out": (lambda f, t: [export_command.main, f], "name what to write: --out DIR"),
+    "a run to verify": (lambda f, t: [verify.main, f.parent], "is a run; python -m export"),
+    "a graph to verify": (
+        lambda f, t: [verify.main, f.parent / "package" / "model.onnx"],
+        "model.onnx is a file; name",
+    ),
+    "variant": (lambda f, t: [predict.main, f.parent / "package", "x.png", "--variant", "int8"], "no variant 'int8'"),
     "out exists": (lambda f, t: [export_command.main, f, "--out", t], "exists; name another --out"),
     "shortened flag": (
         lambda f, t: [export_command.main, f, "--out", t / "p", "--tol", "1"],
@@ -367,4 +383,54 @@ def test_a_full_disk_leaves_no_half_written_package(merged, tmp_path):
     assert full.returncode == 2, full.stderr
     assert full.stderr.strip().splitlines()[-1].startswith("error: ")
     assert "Traceback" not in full.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+# Packages that are not installed
+
+
+@pytest.mark.parametrize(
+    ("name", "extra", "argv"),
+    [
+        ("onnxruntime", "export", "export.predict"),
+        ("onnx", "export", "export.delta"),
+        ("safetensors", "", "export.delta"),
+        ("filelock", "vtab", "vtab.sweep"),
+        ("sklearn", "vtab", "vtab.data write --task digits --out x"),
+        ("torch", "", "vtab.train"),
+    ],
+)
+def test_a_package_that_is_not_installed_is_one_line(name, extra, argv, tmp_path):
+    """Also where the command's own module cannot be imported."""
+    (tmp_path / f"{name}.py").write_text(f"raise ModuleNotFoundError(name={name!r})")
+    root = Path(__file__).resolve().parent.parent
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(root)])}
+    command = [sys.executable, "-m", *argv.split()]
+    ended = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    brings = f"'capavision[{extra}]'" if extra else "capavision"
+    assert ended.stderr == f"error: {name} is not installed; pip install {brings}\n"
+    assert ended.returncode == 2
+
+
+def test_a_module_that_no_extra_brings_is_a_defect_and_keeps_its_traceback():
+    def main():
+        raise ModuleNotFoundError("No module named 'export.nothing'", name="export.nothing")
+
+    with pytest.raises(ModuleNotFoundError, match=r"export\.nothing"):
+        cli.run(main)
+
+
+def test_what_each_extra_brings_is_what_pyproject_says():
+    project = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())["project"]
+    lists = {"": project["dependencies"], **project["optional-dependencies"]}
+    other = {"PIL": "pillow", "sklearn": "scikit-learn", "tensorflow_datasets": "tensorflow-datasets"}
+    for extra, names in cli.EXTRAS.items():
+        brought = {re.match(r"[\w-]+", line)[0] for line in lists[extra]}
+        assert {other.get(name, name) for name in names} <= brought, extra
+
+
+def test_without_onnxscript_nothing_degrades_to_the_legacy_exporter(merged, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    said = refused(capsys, export_command.main, merged[0], "--out", tmp_path / "package")
+    assert said == "error: onnxscript is not installed; pip install 'capavision[export]'"
     assert list(tmp_path.iterdir()) == []

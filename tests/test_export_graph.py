@@ -434,9 +434,10 @@ def test_a_model_above_2_gb(exporter, tmp_path):
 # Height and width ----------------------------------------------------------------------------------------------------
 
 
-def test_a_net_that_takes_any_size_does_so_exported(tmp_path):
+def test_a_net_that_takes_any_size_does_so_exported(tmp_path, capsys):
     file = adapter_file(tmp_path / "a.safetensors")
     manifest = export_command.main([str(file), "--out", str(tmp_path / "package"), "--dynamic-size"])
+    assert "merged into the plain graph, height and width open, within" in capsys.readouterr().out
     assert manifest["dynamic_size"].keys() == {"32×32", "64×32"}
     assert max(manifest["dynamic_size"].values()) < 1e-5
     path = tmp_path / "package" / "model.onnx"
@@ -447,10 +448,11 @@ def test_a_net_that_takes_any_size_does_so_exported(tmp_path):
     assert len(Classifier(tmp_path / "package").logits(random_pixels(0, 2, 32))) == 2
 
 
-def test_a_convolutional_net_takes_any_size(tmp_path):
+@pytest.mark.parametrize("exporter", [None, "legacy"])
+def test_a_convolutional_net_takes_any_size(exporter, tmp_path):
     model = twin(named("test_byobnet"))
     sizes.refuse_fixed(model, 64)
-    save(to_onnx(model, 64, {}, dynamic_size=True), tmp_path / "model.onnx")
+    save(to_onnx(model, 64, {}, exporter=exporter, dynamic_size=True), tmp_path / "model.onnx")
     found = sizes.compare(tmp_path / "model.onnx", model, 64, 1e-5)
     assert found.keys() == {"64×64", "128×64"}
 

@@ -406,7 +406,9 @@ REFUSED = {
     "top text": ({"task": "pets", "top": "½"}, None, 400, "must be a whole number"),
     "top other digits": ({"task": "pets", "top": "٣"}, None, 400, "must be a whole number"),
     "noise": ({"task": "pets"}, RNG.bytes(500), 400, "the image of 500 bytes does not decode"),
-    "no body": ({"task": "pets"}, b"", 400, "the body must be an image file"),
+    "no image": ({"task": "pets"}, b"x", 400, "the body must be an image file"),
+    "no body": ({"task": "pets"}, b"", 400, "the body is empty"),
+    "parameter": ({"task": "pets", "topp": "2"}, None, 400, "there is no parameter 'topp'; there are task and top"),
     "bomb": ({"task": "pets"}, png_header(20_000, 20_000), 400, "exceeds limit"),
 }
 
@@ -486,12 +488,15 @@ def test_a_mistake_on_the_command_line_is_told_before_ray_starts(packages, tmp_p
     port = free_port()
     refused_command(serve.main, [tmp_path, "--port", port], "is no exported package")
     refused_command(serve.main, [merged, "--port", port, "--queue", 0], "--queue 0 must be at least 1")
+    refused_command(serve.main, [merged, "--port", port, "--variant", "int8"], "serve int8-static, float16 or float32")
+    refused_command(serve.main, [merged, "--port", port, "--variant", "float16"], "no variant 'float16'; choose of flo")
     refused_command(serve.main, [merged, "--port", 99999], "--port 99999 cannot be listened on")
     refused_command(serve.main, [merged, "--host", "192.0.2.1"], "--host 192.0.2.1 --port 8000 cannot be listened on")
 
 
-def test_without_ray_the_extra_is_named(packages, monkeypatch):
-    monkeypatch.setitem(sys.modules, "ray", None)
+@pytest.mark.parametrize("found", [None, types.ModuleType("ray")], ids=["nothing", "a folder called ray"])
+def test_without_ray_the_extra_is_named(found, packages, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", found)
     refused_command(serve.main, [packages[0], "--port", free_port()], r"needs Ray: pip install 'capavision\[serve\]'")
 
 

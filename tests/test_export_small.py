@@ -15,7 +15,7 @@ from PIL import Image
 
 import capavision as cv
 from export import __main__ as export_command
-from export import accuracy, agreement, bench, cli, memory, session, store, variants, verify
+from export import accuracy, agreement, bench, cli, memory, predict, session, store, variants, verify
 from export import package as package_module
 from export.graph import to_onnx
 from export.half import half
@@ -495,6 +495,53 @@ def test_flags_of_variants_that_make_no_sense_are_refused(run, tmp_path, capsys)
         ("--quantize", "int4"): "int4",
         ("--calibration-images", "0"): "--calibration-images 0 must be at least 1",
         ("--calibration-seed", "-1"): "--calibration-seed -1 must not be negative",
+        ("--calibration-images", "9"): "--calibration-images has no use without --quantize int8-static; add that",
+        ("--calibration-seed", "9", "--quantize", "int8"): "--calibration-seed has no use without",
+        ("--data-root", "x", "--preprocess"): "--data-root has no use without --quantize or --half",
     }.items():
         assert message in refused(capsys, export_command.main, run, "--out", tmp_path / "p", *flags)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_more_calibration_images_than_there_are_is_all_of_them_and_said_so(copied, run, capsys):
+    manifest = add({"digits": Source.open(run)}, copied, "int8-static", calibration_images=10**6)
+    assert manifest["quantization"]["int8-static"]["calibration"]["images"] == 800
+    said = capsys.readouterr().out
+    assert said.endswith("of 200 validation images (the run trained on them); scales from 800 training images\n")
+
+
+def test_any_variant_but_the_preprocessing_one_predicts(package, tmp_path, capsys):
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (9, 9, 3), np.uint8)).save(tmp_path / "x.png")
+    for name in ("float32", "int8", "float16"):
+        found = predict.main([str(package), str(tmp_path / "x.png"), "--variant", name])
+        assert found == Classifier(package, variant=name).predict([tmp_path / "x.png"])
+        assert found == Classifier(package).predict([tmp_path / "x.png"]) or name != "float32"
+    said = refused(capsys, predict.main, package, tmp_path / "x.png", "--variant", "preprocess")
+    assert "model_preprocess.onnx takes image uint8 (H, W, 3) and gives probabilities" in said
+    assert "choose of float32, int8, int8-static, float16" in said
+    with pytest.raises(ValueError, match="top=0 must be at least 1"):
+        Classifier(package).predict([tmp_path / "x.png"], top=0)
+
+
+def test_verify_says_what_it_knows_of_each_variant(package, tmp_path, capsys):
+    verify.main([str(package)])
+    told = (
+        "in float32; int8: logits finite; int8-static: logits finite; float16: logits finite; preprocess: checksum only"
+    )
+    assert told in capsys.readouterr().out
+    spoilt = Path(shutil.copytree(package, tmp_path / "spoilt"))
+    proto = onnx.load(spoilt / FILES["float16"])
+    bias = next(i for i in proto.graph.initializer if i.name == "head.bias")
+    bias.CopyFrom(onnx.numpy_helper.from_array(np.full(bias.dims, np.nan, np.float16), bias.name))
+    onnx.save(proto, spoilt / FILES["float16"])
+    package_module.write_manifest(spoilt, manifest_of(spoilt))
+    assert "float16 gives logits of digits that are not finite" in refused(capsys, verify.main, spoilt)
+
+
+def test_accuracy_names_the_flag_where_the_images_went_away(package, run, tmp_path, capsys):
+    moved = tmp_path / "moved"
+    shutil.copytree(run, moved)
+    settings = read_json(run / "config.json") | {"task": "mine", "data_root": str(tmp_path / "gone")}
+    (moved / "config.json").write_text(json.dumps(settings))
+    said = refused(capsys, accuracy.main, package, "--run", moved)
+    assert said.endswith("gone is not a folder; if the images lie elsewhere now, name --data-root")

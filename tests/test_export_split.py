@@ -209,7 +209,7 @@ def test_a_task_brings_its_labels_and_a_call_may_name_another(package, capsys, t
     assert runtime.predict([]) == []
     runtime_image(image).save(tmp_path / "x.png")
     predict.main([str(package), str(tmp_path / "x.png"), "--task", "third"])
-    assert "ibis 100.0 %" in capsys.readouterr().out
+    assert "third: ibis 100.0 %" in capsys.readouterr().out
     for wrong in (lambda: runtime.switch("fifth"), lambda: runtime.logits(image[None], "fifth")):
         with pytest.raises(ValueError, match="has no task 'fifth'; choose of first, second, third"):
             wrong()
@@ -534,7 +534,7 @@ def test_a_run_that_no_slot_serves_is_refused_by_name(case, files, tmp_path, cap
 def test_runs_that_differ_below_the_deltas_are_refused_by_name(files, tmp_path, capsys):
     resnet = run_file(tmp_path, "resnet", LORA, "test_resnet", classes=CLASSES)
     random = adapter_file(tmp_path / "random.safetensors", LORA)
-    cases = {resnet: "resnet has base", random: "toy has base"}
+    cases = {resnet: "resnet has base model test_resnet", random: "toy has base weights random, "}
     model, base = cv.load(files["first"]), base_of("test_vit")
     grey = {**INFO, "task": "grey", "preprocessing": {**INFO["preprocessing"], "mean": [0.5] * 3}}
     cv.save(model, tmp_path / "grey.safetensors", base=base, classes=CLASSES, info=grey)
@@ -542,6 +542,7 @@ def test_runs_that_differ_below_the_deltas_are_refused_by_name(files, tmp_path, 
     for file, message in cases.items():
         said = refused(capsys, export_command.main, "--split", files["first"], file, "--out", tmp_path / "package")
         assert message in said
+        assert "seed" not in said, "what both have in common is told"
         assert "export it to a package of its own" in said
 
 
@@ -671,9 +672,9 @@ def test_a_delta_is_refused_by_name_where_it_does_not_fit(bases, files, delta_fi
     run, file = files["first"], delta_file
     make = ["--delta", run, "--out", tmp_path / "new"]
     assert "is a split package" in refused(capsys, export_command.main, *make, "--base", package)
-    assert "name a package of the same base" in refused(
-        capsys, export_command.main, *make, "--base", bases("test_resnet")
-    )
+    said = refused(capsys, export_command.main, *make, "--base", bases("test_resnet"))
+    assert re.search("has model test_resnet, .*, the run has model test_vit, .*; name a package of the same base", said)
+    assert "seed" not in said, "what both have in common is told"
 
     vit = bases("test_vit")
 

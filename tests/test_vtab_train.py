@@ -247,6 +247,11 @@ REFUSED = {
     "no task": ([], "name a task"),
     "task": (["--task", "digit"], "unknown task 'digit'; did you mean 'digits'"),
     "model": (["--task", "digits", "--model", "vit_tinny_patch16_224"], "did you mean 'vit_tiny_patch16_224'"),
+    "task like no other": (["--task", "nope"], "those that need no data: dsprites_loc, dsprites_ori, digits (your own"),
+    "a sweep's name": (
+        ["--method", "propetl-adapter"],
+        "propetl-adapter is --method adapter --masks learned --rank 64",
+    ),
     "method": (["--task", "digits", "--method", "lorra"], "unknown method 'lorra'; did you mean 'lora'?"),
     "target": (["--task", "digits", "--targets", "qkw"], "no module matches 'qkw'; did you mean 'qkv'"),
     "rank": (["--task", "digits", "--rank", "0"], "rank=0 must be a whole number of at least 1"),

@@ -10,7 +10,7 @@ from typing import Any
 
 import capavision as cv
 from capavision.targets import near
-from vtab import cli, limits, recipes
+from vtab import cli, grid, limits, recipes
 
 TEST_EVERY = 10  # epochs between two looks at the test split in the released code of FacT, Convpass, RepAdapter
 FIRST = {  # fields that there were when the first runs were named
@@ -180,6 +180,9 @@ def parser_for(argv: list[str] | None) -> tuple[cli.Parser, type[cv.Method], rec
     early = first.parse_known_args(argv)[0]
     recipe = recipes.find(early.recipe) if early.recipe else None
     name = (early.method or (recipe and recipe.method) or "lora").replace("-", "_")
+    if early.method in grid.SETTINGS:
+        ((method, flags),) = grid.expand_methods(early.method).values()
+        raise ValueError(f"{early.method} is --method {method} {' '.join(flags)}")
     if name not in cv.Method.known:
         raise ValueError(f"unknown method {name!r}; {near(name, cv.Method.known)}")
     if recipe and recipe.method not in (None, name):

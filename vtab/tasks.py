@@ -8,7 +8,7 @@ fixed order (train[:800]), validation images the 200 of `val`, test images all o
 import re
 from dataclasses import dataclass
 
-from capavision.targets import near
+from capavision.targets import alike, near
 
 OWN = "the source's own label"
 UNCHECKED = "not checked here; the source's own terms hold"
@@ -121,7 +121,10 @@ def find(name: str) -> Task:
     """
     task = get(name)
     if task is None:
-        raise ValueError(f"unknown task {name!r}; {near(name, NAMES)} (your own images: --data-root FOLDER)")
+        from vtab.generated import SOURCES
+
+        hint = near(name, NAMES) if alike(name, NAMES) else f"those that need no data: {', '.join(SOURCES)}"
+        raise ValueError(f"unknown task {name!r}; {hint} (your own images: --data-root FOLDER)")
     return task
 
 
