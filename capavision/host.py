@@ -37,6 +37,7 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from capavision import merged
 from capavision.delta import AttentionDelta, Delta, OutputDelta, WeightDelta, adapted, input_name
 from capavision.softmax import Prepend
 from capavision.wrappers import is_sharded
@@ -63,9 +64,19 @@ def _linear_forward(host: Any, x: Tensor) -> Tensor:
     base: Tensor = host._parameters["weight"]
     if not host.delta.factored and base.dtype == delta_dtype(base):
         return F.linear(x, host.weight, host.bias)
+    if _merges(host, x, base) and (blocks := host.delta.blocks()) is not None:
+        return merged.linear(x, base, host.bias, blocks)
     # Beside a half-precision W, a small ΔW would be lost in the sum of the two: it acts on its own.
     added: Tensor = host.delta(x)
     return F.linear(x, _base_weight(host, x), host.bias) + added
+
+
+def _merges(host: Any, x: Any, base: Tensor) -> bool:
+    """In training alone, and where nobody but autograd looks into the step: what is exported stays factored."""
+    if isinstance(x, Proxy) or not torch.is_grad_enabled() or torch.compiler.is_exporting():
+        return False
+    plain = x.dtype == base.dtype == delta_dtype(base) and not torch.is_autocast_enabled(x.device.type)
+    return plain and not base.requires_grad and not is_sharded(base) and merged.pays(x, base)
 
 
 def _replicate(host: Any) -> Any:
