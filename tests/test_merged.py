@@ -92,7 +92,7 @@ def test_a_merged_step_is_the_factored_one(method, targets, rows, calls, monkeyp
     x = seeded(lambda: torch.randn(4, 3, 160, 160, dtype=torch.float64), 1)
     found, y = step(model, x), model(x).detach()
     assert calls
-    monkeypatch.setattr(merged, "pays", lambda x, weight: False)
+    monkeypatch.setattr(merged, "linear_pays", lambda x, weight: False)
     count = len(calls)
     expected = step(model, x)
     assert len(calls) == count
@@ -125,7 +125,157 @@ def test_the_crossing_is_where_the_counted_operations_cross():
     for tokens in (17, 18, 19):
         extra = factors * tokens // 3
         cheaper = counted(merges, tokens) - extra <= counted(thin, tokens)
-        assert merged.pays(torch.empty(tokens, n_in), host.weight) == cheaper == (tokens >= 18)
+        assert merged.linear_pays(torch.empty(tokens, n_in), host.weight) == cheaper == (tokens >= 18)
+
+
+# Convs ---------------------------------------------------------------------------------------------------------------
+
+CONVS = {
+    "3 × 3": lambda: (nn.Conv2d(3, 6, 3, padding=1), (2, 3, 5, 5)),
+    "strided, dilated": lambda: (nn.Conv2d(3, 6, (3, 2), stride=(2, 1), padding=(0, 1), dilation=(1, 2)), (2, 3, 7, 6)),
+    "1 × 1": lambda: (nn.Conv2d(4, 6, 1), (3, 4, 3, 5)),
+    "1 × 1, strided": lambda: (nn.Conv2d(4, 6, 1, stride=2), (2, 4, 5, 5)),
+    "1 × 1, padded": lambda: (nn.Conv2d(4, 6, 1, padding=1), (2, 4, 3, 3)),
+    "no bias": lambda: (nn.Conv2d(3, 6, 3, bias=False), (2, 3, 5, 5)),
+    "over time": lambda: (nn.Conv1d(3, 6, 3), (2, 3, 9)),
+    "over volumes": lambda: (nn.Conv3d(2, 6, 2), (1, 2, 3, 3, 3)),
+}
+each_conv = pytest.mark.parametrize("made", CONVS.values(), ids=CONVS)
+
+
+def conv_parts(made):
+    """A conv, an input, and two blocks of rows."""
+    conv, shape = made()
+    conv, K = conv.double().requires_grad_(False), conv.weight[0].numel()
+    blocks = [
+        merged.Block(start, stop, torch.randn(stop - start, r).double(), torch.randn(r, K).double(), scale)
+        for start, stop, r, scale in ((0, 2, 3, 0.7), (3, 6, 1, -1.3))
+    ]
+    return conv, torch.randn(shape).double(), blocks
+
+
+def merged_conv(conv, x, blocks):
+    return merged.conv(x, conv.weight, conv.bias, merged.Geometry(conv.stride, conv.padding, conv.dilation), blocks)
+
+
+@each_conv
+@pytest.mark.parametrize("last", [False, True])
+def test_a_convs_step_is_that_of_the_dense_weight(made, last):
+    conv, x, blocks = seeded(lambda: conv_parts(made))
+    if last and x.dim() == 4:
+        conv, x = conv.to(memory_format=torch.channels_last), x.contiguous(memory_format=torch.channels_last)
+    factors = [x, *(factor for block in blocks for factor in (block.up, block.down))]
+
+    def step(call):
+        inputs = [tensor.clone().requires_grad_() for tensor in factors]
+        made = [b._replace(up=inputs[1 + 2 * i], down=inputs[2 + 2 * i]) for i, b in enumerate(blocks)]
+        y = call(inputs[0], made)
+        return y, *torch.autograd.grad((y * torch.arange(y.numel()).view(y.shape).cos()).sum(), inputs)
+
+    def dense(x, blocks):
+        weight = conv.weight.flatten(1).clone()
+        for start, stop, up, down, scale in blocks:
+            weight[start:stop] += scale * (up[:, :, None] * down).sum(1)
+        return type(conv)._conv_forward(conv, x, weight.view(conv.weight.shape), conv.bias)
+
+    plain = conv(x)
+    for found, expected in zip(step(lambda *args: merged_conv(conv, *args)), step(dense), strict=True):
+        torch.testing.assert_close(found, expected, **EXACT)
+    assert_moved(step(dense)[0], plain)
+
+
+@each_conv
+def test_a_convs_gradients_are_the_limits_of_differences_once_and_twice(made):
+    conv, x, blocks = seeded(lambda: conv_parts(made))
+
+    def y(x, *factors):
+        made = [b._replace(up=factors[2 * i], down=factors[2 * i + 1]) for i, b in enumerate(blocks)]
+        return merged_conv(conv, x, made)
+
+    inputs = [x, *(factor for block in blocks for factor in (block.up, block.down))]
+    inputs = [tensor.clone().requires_grad_() for tensor in inputs]
+    assert torch.autograd.gradcheck(y, inputs, fast_mode=True)
+    assert torch.autograd.gradgradcheck(y, inputs, fast_mode=True)
+
+
+def test_the_crossing_of_a_conv_is_where_the_counted_operations_cross():
+    n_in, rank = 8, 2
+    for n_out in (4, 5, 6, 9):
+        conv = nn.Conv2d(n_in, n_out, 3).requires_grad_(False)
+        x = torch.randn(2, n_in, 12, 12)
+        up, down = (torch.randn(shape, requires_grad=True) for shape in ((n_out, rank), (rank, n_in * 9)))
+        block = merged.Block(0, n_out, up, down, 1.0)
+        with FlopCounterMode(display=False) as factored:
+            merged_conv(conv, x, [block]).sum().backward()
+        with FlopCounterMode(display=False) as dense:
+            weight = conv.weight + (up @ down).view_as(conv.weight)
+            F.conv2d(x, weight, conv.bias).sum().backward()
+        merges = 2 * rank * n_out * n_in * 9  # the dense way's products of the factors, which do not grow with x
+        found, other = factored.get_total_flops() - merges, dense.get_total_flops() - 3 * merges
+        assert merged.conv_pays(conv.weight, [block]) == (found < other) == (n_out >= 5)
+
+
+@pytest.fixture
+def convs(monkeypatch):
+    """How often a conv took factored gradients."""
+    seen, original = [], merged.conv
+    monkeypatch.setattr(merged, "conv", lambda *args: seen.append(args[1].shape) or original(*args))
+    return seen
+
+
+def test_a_convolutional_net_takes_the_same_step_either_way(convs, monkeypatch):
+    model = seeded(lambda: create("test_resnet", num_classes=3)).double()
+    cv.inject(model, cv.LoRA(rank=2, branches=2), "conv")
+    awaken(model)
+    x = seeded(lambda: torch.randn(2, 3, 64, 64, dtype=torch.float64), 1)
+    found, y = step(model, x), model(x).detach()
+    assert len({tuple(shape) for shape in convs}) > 3
+    with torch.no_grad():
+        count = len(convs)
+        torch.testing.assert_close(model(x), y, **EXACT)
+    monkeypatch.setattr(merged, "conv_pays", lambda *args: False)
+    expected = step(model, x)
+    assert len(convs) == count
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-9, atol=1e-9 * gradient.abs().max().item())
+
+
+def test_convs_that_are_no_plain_product_keep_the_dense_gradient(convs):
+    for conv in (
+        nn.Conv2d(32, 32, 3, groups=2),
+        nn.Conv2d(32, 32, 3, padding="same"),
+        nn.Conv2d(32, 32, 3, padding=1, padding_mode="circular"),
+    ):
+        host = nn.Sequential(conv, nn.Flatten())
+        cv.inject(host, METHODS["lora"], "0")
+        host(torch.randn(2, 32, 9, 9)).sum().backward()
+    host = nn.Sequential(nn.Conv2d(32, 32, 3), nn.Flatten(0))
+    cv.inject(host, METHODS["lora"], "0")
+    host(torch.randn(32, 9, 9)).sum().backward()  # one image without its batch
+    assert not convs
+    host(torch.randn(1, 32, 9, 9)).sum().backward()
+    assert convs
+
+
+def test_gradients_of_single_images_by_vmap():
+    for model, x in ((adapted(METHODS["lora"], "linear"), (3, 3, 160, 160)), (None, (3, 3, 64, 64))):
+        if model is None:
+            model = seeded(lambda: create("test_resnet", num_classes=3)).double().eval()
+            cv.inject(model, cv.LoRA(rank=2), "conv")
+            awaken(model)
+        x = seeded(lambda shape=x: torch.randn(shape, dtype=torch.float64), 1)
+        trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+
+        def loss(p, image, model=model):
+            return torch.func.functional_call(model, p, (image[None],)).square().sum()
+
+        found = torch.func.vmap(torch.func.grad(loss), (None, 0))(trained, x)
+        for i, image in enumerate(x):
+            for name, gradient in torch.func.grad(loss)(trained, image).items():
+                torch.testing.assert_close(found[name][i], gradient, rtol=1e-8, atol=1e-9)
+
+
+# Where it runs, and what runs on it ----------------------------------------------------------------------------------
 
 
 def test_few_tokens_evaluation_autocast_and_half_precision_stay_factored(calls):
