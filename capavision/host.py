@@ -64,7 +64,7 @@ def _linear_forward(host: Any, x: Tensor) -> Tensor:
     base: Tensor = host._parameters["weight"]
     if not host.delta.factored and base.dtype == delta_dtype(base):
         return F.linear(x, host.weight, host.bias)
-    if _trains(host, x) and merged.linear_pays(x, base) and (blocks := host.delta.blocks()) is not None:
+    if _plain(host, x) and merged.linear_pays(x, base) and (blocks := host.delta.blocks()) is not None:
         return merged.linear(x, base, host.bias, blocks)
     # Beside a half-precision W, a small ΔW would be lost in the sum of the two: it acts on its own.
     added: Tensor = host.delta(x)
@@ -73,8 +73,8 @@ def _linear_forward(host: Any, x: Tensor) -> Tensor:
 
 def _conv_forward(host: Any, x: Tensor) -> Tensor:
     base: Tensor = host._parameters["weight"]
-    plain = host.groups == 1 and host.padding_mode == "zeros" and not isinstance(host.padding, str)
-    if plain and _trains(host, x) and x.dim() == base.dim():
+    simple = host.groups == 1 and host.padding_mode == "zeros" and not isinstance(host.padding, str)
+    if simple and torch.is_grad_enabled() and _plain(host, x) and x.dim() == base.dim():
         blocks = host.delta.blocks()
         if blocks is not None and merged.conv_pays(base, blocks):
             geometry = merged.Geometry(host.stride, host.padding, host.dilation)
@@ -83,13 +83,13 @@ def _conv_forward(host: Any, x: Tensor) -> Tensor:
     return y
 
 
-def _trains(host: Any, x: Any) -> bool:
-    """In single or double precision, and where nobody but autograd looks into the step."""
-    if isinstance(x, Proxy) or not torch.is_grad_enabled() or torch.compiler.is_exporting():
+def _plain(host: Any, x: Any) -> bool:
+    """In single or double precision, on a whole frozen weight; what is traced for others to run stays factored."""
+    if isinstance(x, Proxy) or torch.jit.is_tracing() or torch.compiler.is_exporting():
         return False
     base = host._parameters["weight"]
-    plain = x.dtype == base.dtype == delta_dtype(base) and not torch.is_autocast_enabled(x.device.type)
-    return plain and not base.requires_grad and not is_sharded(base)
+    same = x.dtype == base.dtype == delta_dtype(base) and not torch.is_autocast_enabled(x.device.type)
+    return same and not base.requires_grad and not is_sharded(base)
 
 
 def _replicate(host: Any) -> Any:

@@ -80,7 +80,10 @@ def conv_pays(weight: Tensor, blocks: list[Block]) -> bool:
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, blocks: list[Block]) -> Tensor:
     """x (W + ΔW)ᵀ + b, (…, n_in) to (…, n_out)."""
-    y: Tensor = _Linear.apply(x, weight, bias, *_flat(blocks))
+    rows, *factors = _flat(blocks)
+    if not torch.is_grad_enabled():
+        return F.linear(x, _merge(weight, rows, tuple(factors)), bias)
+    y: Tensor = _Linear.apply(x, weight, bias, rows, *factors)
     return y
 
 

@@ -278,26 +278,38 @@ def test_gradients_of_single_images_by_vmap():
 # Where it runs, and what runs on it ----------------------------------------------------------------------------------
 
 
-def test_few_tokens_evaluation_autocast_and_half_precision_stay_factored(calls):
+def test_few_tokens_autocast_half_precision_and_traces_stay_factored(calls):
     model = adapted(METHODS["lora"], "linear").float()
-    few, many = torch.randn(1, 3, 160, 160), torch.randn(4, 3, 160, 160)
-    with torch.no_grad():
-        model(many)
+    x = torch.randn(4, 3, 160, 160)
     with torch.autocast("cpu", torch.bfloat16):
-        model(many)
-    model.bfloat16()(many.bfloat16())
+        model(x)
+    model.bfloat16()(x.bfloat16())
+    model.float()
+    torch.jit.trace(model, x, check_trace=False)
+    torch.export.export(model, (x,))
     assert not calls
-    model.float()(many)
+    model(x)
     assert calls
     del calls[:]
-    cv.remove(model)
     host = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 3))
     cv.inject(host, METHODS["lora"], "0")
     host(torch.randn(31, 64))
     assert not calls
     host(torch.randn(32, 64))
     assert len(calls) == 1
-    assert few.shape[0] == 1
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_evaluation_merges_too(mode, calls):
+    model = adapted(METHODS["capaboost"], "linear").eval()
+    x = torch.randn(4, 3, 160, 160, dtype=torch.float64)
+    expected = model(x).detach()
+    count = len(calls)
+    with mode():
+        found = model(x)
+    assert len(calls) == 2 * count
+    torch.testing.assert_close(found, expected, **EXACT)
+    torch.testing.assert_close(found, outputs(cv.fold(twin(model)), x), **EXACT)
 
 
 def test_compile_traces_the_merged_step_whole(calls):
