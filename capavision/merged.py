@@ -100,12 +100,15 @@ def _flat(blocks: list[Block]) -> tuple[Any, ...]:
 
 def _merge(weight: Tensor, rows: Rows, factors: tuple[Tensor, ...]) -> Tensor:
     """W + ΔW, in the shape and memory format of W."""
-    if weight.dim() == 2 and len(rows) == 1 and rows[0][:2] == (0, len(weight)):
-        return torch.addmm(weight, factors[0], factors[1], alpha=rows[0][2])
+    if len(rows) == 1 and rows[0][:2] == (0, len(weight)) and weight.is_contiguous():
+        return torch.addmm(weight.flatten(1), factors[0], factors[1], alpha=rows[0][2]).view(weight.shape)
     merged = weight.clone()
     for (start, stop, scale), up, down in zip(rows, factors[::2], factors[1::2], strict=True):
         some = merged[start:stop]
-        some.add_((up @ down).view(some.shape), alpha=scale)
+        if some.is_contiguous():
+            some.flatten(1).addmm_(up, down, alpha=scale)
+        else:
+            some.add_((up @ down).view(some.shape), alpha=scale)
     return merged
 
 
@@ -170,14 +173,19 @@ class _Conv(torch.autograd.Function):
 def _thin(g: Tensor, x: Tensor, up: Tensor, kernels: Tensor, geometry: Geometry) -> tuple[Tensor, Tensor]:
     """dU (rows, r) and dD (r, K) of a conv, for r `kernels`, without the scale."""
     places = g.flatten(2)  # (b, rows, L)
-    k = up.mT @ places
+    k = _each(up.mT, places)
     if _is_product(kernels, geometry):  # a library's conv of few channels is several times slower
         flat = x.flatten(2)
-        h, dD = kernels.flatten(1) @ flat, (k @ flat.mT).sum(0)
+        h, dD = _each(kernels.flatten(1), flat), (k @ flat.mT).sum(0)
     else:
         h = geometry.conv(x, kernels).flatten(2)
         dD = geometry.to_weight(k.view(*k.shape[:2], *g.shape[2:]), x, kernels).flatten(1)
     return (places @ h.mT).sum(0), dD
+
+
+def _each(left: Tensor, right: Tensor) -> Tensor:
+    """left (m, n) @ each of right (b, n, l): matmul would copy all of `right` into one matrix."""
+    return torch.bmm(left.expand(len(right), -1, -1), right)
 
 
 def _is_product(kernels: Tensor, geometry: Geometry) -> bool:
