@@ -10,7 +10,6 @@ keeps for the backward, on a GPU the peak.
 
 import argparse
 import dataclasses
-import math
 from collections.abc import Callable
 from typing import Any
 

@@ -85,7 +85,8 @@ def _conv_forward(host: Any, x: Tensor) -> Tensor:
 
 def _plain(host: Any, x: Any) -> bool:
     """In single or double precision, on a whole frozen weight; what is traced for others to run stays factored."""
-    if isinstance(x, Proxy) or torch.jit.is_tracing() or torch.compiler.is_exporting():
+    traced = torch.jit.is_tracing() or torch.compiler.is_exporting()  # type: ignore[attr-defined,no-untyped-call]
+    if isinstance(x, Proxy) or traced:
         return False
     base = host._parameters["weight"]
     same = x.dtype == base.dtype == delta_dtype(base) and not torch.is_autocast_enabled(x.device.type)

@@ -11,7 +11,7 @@ another pass over y; the merge needs one over the weight, whatever N. In multipl
 
 so the merge is cheaper from N = n_in n_out / (n_in + n_out) tokens on: 144 for a ViT-Ti's qkv, 576 for a ViT-B's.
 
-A conv's other way is the dense gradient of M, of which dU and dD follow. At each of its L outputs, with K = n_in · kernel:
+A conv's other way is the dense gradient of M, of which dU and dD follow. At each output place, for K = n_in · kernel:
 
     factored    2 r (K + n_out)       dense       n_out K
 
@@ -52,18 +52,20 @@ class Geometry(NamedTuple):
 
     def to_input(self, g: Tensor, x: Tensor, weight: Tensor) -> Tensor:
         """The gradient of `conv` to x."""
-        return self._backward(g, x, weight, [True, False, False])[0]
+        return self._backward(g, x, weight, (True, False))
 
     def to_weight(self, g: Tensor, x: Tensor, weight: Tensor) -> Tensor:
         """The gradient of `conv` to weight."""
-        return self._backward(g, x, weight, [False, True, False])[1]
+        return self._backward(g, x, weight, (False, True))
 
     @property
     def _rest(self) -> tuple[bool, list[int], int]:
         return False, [0] * len(self.stride), 1
 
-    def _backward(self, g: Tensor, x: Tensor, weight: Tensor, wanted: list[bool]) -> Any:
-        return torch.ops.aten.convolution_backward(g, x, weight, None, *self, *self._rest, wanted)
+    def _backward(self, g: Tensor, x: Tensor, weight: Tensor, wanted: tuple[bool, bool]) -> Tensor:
+        found = torch.ops.aten.convolution_backward(g, x, weight, None, *self, *self._rest, [*wanted, False])
+        gradient: Tensor = found[wanted.index(True)]
+        return gradient
 
 
 def linear_pays(x: Tensor, weight: Tensor) -> bool:

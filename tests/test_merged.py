@@ -257,22 +257,25 @@ def test_convs_that_are_no_plain_product_keep_the_dense_gradient(convs):
     assert convs
 
 
-def test_gradients_of_single_images_by_vmap():
-    for model, x in ((adapted(METHODS["lora"], "linear"), (3, 3, 160, 160)), (None, (3, 3, 64, 64))):
-        if model is None:
-            model = seeded(lambda: create("test_resnet", num_classes=3)).double().eval()
-            cv.inject(model, cv.LoRA(rank=2), "conv")
-            awaken(model)
-        x = seeded(lambda shape=x: torch.randn(shape, dtype=torch.float64), 1)
-        trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+@pytest.mark.parametrize("kind", ["vit", "resnet"])
+def test_gradients_of_single_images_by_vmap(kind, calls, convs):
+    if kind == "vit":
+        model, size, seen = adapted(METHODS["lora"], "linear").eval(), 160, calls
+    else:
+        model, size, seen = seeded(lambda: create("test_resnet", num_classes=3)).double().eval(), 64, convs
+        cv.inject(model, cv.LoRA(rank=2), "conv")
+        awaken(model)
+    x = seeded(lambda: torch.randn(3, 3, size, size, dtype=torch.float64), 1)
+    trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
 
-        def loss(p, image, model=model):
-            return torch.func.functional_call(model, p, (image[None],)).square().sum()
+    def loss(p, image):
+        return torch.func.functional_call(model, p, (image[None],)).square().sum()
 
-        found = torch.func.vmap(torch.func.grad(loss), (None, 0))(trained, x)
-        for i, image in enumerate(x):
-            for name, gradient in torch.func.grad(loss)(trained, image).items():
-                torch.testing.assert_close(found[name][i], gradient, rtol=1e-8, atol=1e-9)
+    found = torch.func.vmap(torch.func.grad(loss), (None, 0))(trained, x)
+    assert seen
+    for i, image in enumerate(x):
+        for name, gradient in torch.func.grad(loss)(trained, image).items():
+            torch.testing.assert_close(found[name][i], gradient, rtol=1e-8, atol=1e-9)
 
 
 # Where it runs, and what runs on it ----------------------------------------------------------------------------------
