@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from capavision.masks import uniform
+from capavision.merged import Block
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,11 @@ class WeightDelta(Delta, ABC):
         """ΔW as a plain LoRA, masks multiplied in; None where it is no product of two thin matrices."""
         return None
 
+    def blocks(self) -> list[Block] | None:
+        """ΔW as low-rank row blocks, for `capavision.merged`; None where it is no product of two thin matrices."""
+        factors = self.factors()
+        return None if factors is None else [Block(0, len(factors.up), *factors)]
+
     def forward(self, x: Tensor) -> Tensor:
         """x ΔWᵀ, (…, n_in) to (…, n_out)."""
         return F.linear(x, self.weight().to(x.dtype))
@@ -134,6 +140,15 @@ class Rows(WeightDelta):
             up[start:stop, at : at + len(part.down)] = part.up * (part.scale / scale)
             at += len(part.down)
         return Factors(up, down, scale)
+
+    def blocks(self) -> list[Block] | None:
+        found: list[Block] = []
+        for name, (start, _) in self.rows.items():
+            blocks = self._part(name).blocks()
+            if blocks is None:
+                return None
+            found += [block._replace(start=start + block.start, stop=start + block.stop) for block in blocks]
+        return found
 
     def forward(self, x: Tensor) -> Tensor:
         return self._assemble({name: self._part(name)(x) for name in self.rows}, -1)

@@ -37,6 +37,7 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from capavision import merged
 from capavision.delta import AttentionDelta, Delta, OutputDelta, WeightDelta, adapted, input_name
 from capavision.softmax import Prepend
 from capavision.wrappers import is_sharded
@@ -63,9 +64,33 @@ def _linear_forward(host: Any, x: Tensor) -> Tensor:
     base: Tensor = host._parameters["weight"]
     if not host.delta.factored and base.dtype == delta_dtype(base):
         return F.linear(x, host.weight, host.bias)
+    if _plain(host, x) and merged.linear_pays(x, base) and (blocks := host.delta.blocks()) is not None:
+        return merged.linear(x, base, host.bias, blocks)
     # Beside a half-precision W, a small ΔW would be lost in the sum of the two: it acts on its own.
     added: Tensor = host.delta(x)
     return F.linear(x, _base_weight(host, x), host.bias) + added
+
+
+def _conv_forward(host: Any, x: Tensor) -> Tensor:
+    base: Tensor = host._parameters["weight"]
+    simple = host.groups == 1 and host.padding_mode == "zeros" and not isinstance(host.padding, str)
+    if simple and torch.is_grad_enabled() and _plain(host, x) and x.dim() == base.dim():
+        blocks = host.delta.blocks()
+        if blocks is not None and merged.conv_pays(base, blocks):
+            geometry = merged.Geometry(host.stride, host.padding, host.dilation)
+            return merged.conv(x, base, host.bias, geometry, blocks)
+    y: Tensor = type(host)._base.forward(host, x)
+    return y
+
+
+def _plain(host: Any, x: Any) -> bool:
+    """In single or double precision, on a whole frozen weight; what is traced for others to run stays factored."""
+    traced = torch.jit.is_tracing() or torch.compiler.is_exporting()  # type: ignore[attr-defined,no-untyped-call]
+    if isinstance(x, Proxy) or traced:
+        return False
+    base = host._parameters["weight"]
+    same = x.dtype == base.dtype == delta_dtype(base) and not torch.is_autocast_enabled(x.device.type)
+    return same and not base.requires_grad and not is_sharded(base)
 
 
 def _replicate(host: Any) -> Any:
@@ -75,10 +100,16 @@ def _replicate(host: Any) -> Any:
     )
 
 
+_CONVS = {kind.forward: kind._conv_forward for kind in (nn.Conv1d, nn.Conv2d, nn.Conv3d)}
+
+
 def _weight_body(base: type) -> dict[str, Any]:
     body: dict[str, Any] = {"weight": property(_adapted_weight), "_replicate_for_data_parallel": _replicate}
-    if base.forward is nn.Linear.forward:  # type: ignore[attr-defined]
+    own: Any = base
+    if own.forward is nn.Linear.forward:
         body["forward"] = _linear_forward
+    elif own.forward in _CONVS and own._conv_forward is _CONVS[own.forward]:
+        body["forward"] = _conv_forward
     return body
 
 

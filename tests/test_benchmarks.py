@@ -161,7 +161,61 @@ def test_changing_adapters_is_timed(capsys):
     assert all(float(row[2].replace(",", "").removesuffix(" |")) >= 0 for row in rows)
 
 
+@pytest.mark.parametrize(("model", "without"), [("test_vit", "conv"), ("test_resnet", "linear")])
+def test_a_step_is_timed_beside_its_floor(model, without, capsys):
+    from benchmarks import step
+
+    pytest.importorskip("peft")
+    vits = ("qkv", "prefix", "adapter") if model == "test_resnet" else ()
+    cases = [case for case in step.CASES if not case.endswith((without, *vits))]
+    ratios = step.main(["--model", model, "--batch", "2", "--rounds", "1", "--cases", ",".join(cases)])
+    assert list(ratios) == cases
+    assert ratios["floor"] == 1
+    printed = {line.split(" | ")[0][2:]: line.split(" | ") for line in capsys.readouterr().out.splitlines()[2:-1]}
+    assert printed.keys() == set(cases)
+    trained = {case: int(row[1].replace(",", "")) for case, row in printed.items()}
+    assert trained["floor"] < min(count for case, count in trained.items() if case != "floor")
+    kept = {case: float(row[4].removesuffix(" |")) for case, row in printed.items()}
+    assert kept["floor"] == 1
+    assert kept["full"] > 1
+    assert all(share > 0.5 for share in kept.values()), kept
+
+
+def test_memory_is_what_autograd_keeps():
+    """x of a Linear and of a GELU, whose weights are there anyway: 2 × (2 · 8) floats, and the loss's own few."""
+    from benchmarks.step import Trainee
+
+    net = nn.Sequential(nn.Linear(8, 8), nn.GELU())
+    kept = Trainee(net, torch.randn(2, 8), torch.arange(2)).memory() * 1e6
+    assert 2 * 64 <= kept <= 2 * 64 + 100
+
+
+def test_the_growth_of_a_step_is_measured_and_drawn(tmp_path, monkeypatch, capsys):
+    from benchmarks import growth
+
+    monkeypatch.setattr(growth, "MIDDLE", {"rank": 2, "branches": 2, "tokens": 8, "width": 8})
+    monkeypatch.setattr(growth, "AXES", {"rank": (1, 2), "branches": (1, 2), "tokens": (2, 8), "width": (4, 8)})
+    found = growth.main(["--rounds", "1", "--out", str(tmp_path / "growth.svg")])
+    assert {axis: len(points) for axis, points in found.items()} == dict.fromkeys(growth.AXES, 2)
+    assert all(ratio > 0 for points in found.values() for each in points for ratio in each.values())
+    said = capsys.readouterr().out
+    assert "expected 4" in said
+    assert "expected 16" in said
+    assert (tmp_path / "growth.svg").read_text().startswith("<?xml")
+
+
+def test_the_crossing_of_two_lines():
+    from benchmarks.growth import crossing
+
+    points = [{"merged": m, "factored": f} for m, f in ((3, 1), (2, 1), (1, 2))]
+    assert crossing((1, 4, 16), points) == pytest.approx(8)
+    assert crossing((1, 4), points[:2]) is None
+
+
 REFUSED = {
+    "step --cases nosuch": "--cases: 'nosuch' is unknown",
+    "step --rounds 0": "--rounds 0 must be at least 1",
+    "growth --rounds 0": "--rounds 0 must be at least 1",
     "swap --model nosuchmodel": "unknown timm model 'nosuchmodel'; did you mean",
     "export_split --rounds 0": "--rounds 0 must be at least 1",
     "swap --rounds 0": "--rounds 0 must be at least 1",

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import capavision as cv
+from capavision import merged
 from capavision.attention import weight_of, weighted
 from capavision.inject import injections
 from capavision.masks import Sharing
@@ -192,6 +193,23 @@ def test_the_fast_path_is_the_dense_weight(arm):
         assert_moved(dense, torch.zeros_like(dense))
         torch.testing.assert_close(host.delta(x), F.linear(x, dense), rtol=1e-12, atol=1e-12)
         torch.testing.assert_close(host.weight, before + dense.view_as(before), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "arm", [arm for arm in WITH_HOSTS if arm.method.placement is cv.WeightDelta], ids=lambda arm: arm.id
+)
+def test_a_step_is_the_same_with_and_without_the_merged_forward(arm, monkeypatch):
+    model, x = arm.adapted(torch.float64), arm.x(torch.float64)
+    steps = []
+    for always in (True, False):
+        for rule in ("linear_pays", "conv_pays"):
+            monkeypatch.setattr(merged, rule, lambda *_, always=always: always)
+        model.zero_grad()
+        y = model(x)
+        (y * seeded(lambda y=y: torch.randn(y.shape))).sum().backward()
+        steps.append((y.detach(), outputs(model, x), *(p.grad for p in cv.parameters(model))))
+    for found, expected in zip(*steps, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-8 * expected.abs().max().item())
 
 
 @each_with_hosts

@@ -1,0 +1,215 @@
+"""A training step beside its floor: python -m benchmarks.step --model vit_tiny_patch16_224
+
+The floor is what no method that adapts the first layers can go below: the frozen backbone's forward, the backward to
+all activations, and the training of the head. Its first bias is trained too, so that the backward runs the whole depth.
+A step is forward, loss, backward and AdamW. Batch norms stay in eval in every row, as capavision keeps them.
+
+Every round takes one step of each case, in random order; a ratio is of a round's two times. Memory is what autograd
+keeps for the backward, on a GPU the peak.
+"""
+
+import argparse
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import capavision as cv
+from benchmarks.tables import check_counts, check_names, table
+from export.bench import interleaved
+from vtab import cli, setup
+from vtab.evaluate import autocast
+from vtab.record import environment
+
+CAPABOOST = cv.LoRA(rank=8, branches=2)
+NORMS = (nn.modules.batchnorm._BatchNorm,)
+
+
+def floor(model: nn.Module) -> nn.Module:
+    """Frozen, but for the head and the first bias."""
+    model.requires_grad_(False)
+    next(p for name, p in model.named_parameters() if name.endswith("bias")).requires_grad_(True)
+    model.get_classifier().requires_grad_(True)  # type: ignore[operator]
+    return model
+
+
+def full(model: nn.Module) -> nn.Module:
+    """All of it."""
+    return model.requires_grad_(True)
+
+
+def ours(method: cv.Method, targets: str | None = None) -> Callable[[nn.Module], nn.Module]:
+    """With a delta; None are the method's own targets."""
+
+    def inject(model: nn.Module) -> nn.Module:
+        cv.inject(model, method, targets)
+        return model
+
+    return inject
+
+
+def peft(kinds: tuple[type[nn.Module], ...], last: str = "") -> Callable[[nn.Module], nn.Module]:
+    """With HF PEFT's LoRA of rank 16 on modules of a kind and name, not on grouped convs, which it cannot merge."""
+
+    def wrap(model: nn.Module) -> nn.Module:
+        from peft import LoraConfig, get_peft_model
+
+        head = model.get_classifier()  # type: ignore[operator]
+        chosen = [
+            name
+            for name, m in model.named_modules()
+            if isinstance(m, kinds) and m is not head and getattr(m, "groups", 1) == 1 and name.endswith(last)
+        ]
+        wrapped: nn.Module = get_peft_model(model, LoraConfig(r=16, lora_alpha=16, target_modules=chosen))  # type: ignore[arg-type]
+        head.requires_grad_(True)
+        return wrapped
+
+    return wrap
+
+
+CASES: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "floor": floor,
+    "full": full,
+    "capaboost qkv": ours(CAPABOOST, "qkv"),
+    "capaboost linear": ours(CAPABOOST, "linear"),
+    "capaboost conv": ours(CAPABOOST, "conv"),
+    "peft qkv": peft((nn.Linear,), "qkv"),
+    "peft linear": peft((nn.Linear,)),
+    "peft conv": peft((nn.Conv2d,)),
+    "lora 16 linear": ours(cv.LoRA(rank=16), "linear"),
+    "circulant linear": ours(cv.Circulant(), "linear"),
+    "toeplitz linear": ours(cv.Toeplitz(), "linear"),
+    "kronecker linear": ours(cv.Kronecker(), "linear"),
+    "ldr linear": ours(cv.LDR(), "linear"),
+    "adapter": ours(cv.Adapter(rank=8, branches=2)),
+    "prefix": ours(cv.Prefix()),
+}
+SETS = {
+    "vit": ("floor", "full", "capaboost qkv", "peft qkv", "capaboost linear", "peft linear"),
+    "methods": ("floor", "adapter", "prefix", "lora 16 linear", *(n for n in CASES if n.split()[0] in cv.Method.known)),
+    "conv": ("floor", "full", "capaboost conv", "peft conv"),
+}
+
+
+@dataclasses.dataclass
+class Trainee:
+    """One case, ready to take steps."""
+
+    model: nn.Module
+    x: torch.Tensor
+    y: torch.Tensor
+
+    def __post_init__(self) -> None:
+        self.forward: Any = self.model
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
+        self.values = sum(p.numel() for p in trained)
+
+    def loss(self) -> torch.Tensor:
+        """Of the batch."""
+        with autocast(self.x.device):
+            return F.cross_entropy(self.forward(self.x), self.y)
+
+    def step(self) -> None:
+        """Forward, backward, update; on a GPU to its end."""
+        self.loss().backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        if self.x.is_cuda:
+            torch.cuda.synchronize(self.x.device)
+
+    def memory(self) -> float:
+        """MB: the peak on a GPU, else what is kept for the backward beside parameters and buffers."""
+        if self.x.is_cuda:
+            torch.cuda.reset_peak_memory_stats(self.x.device)
+            before = torch.cuda.memory_allocated(self.x.device)
+            self.step()
+            return (torch.cuda.max_memory_allocated(self.x.device) - before) / 1e6
+        own = {t.untyped_storage().data_ptr() for t in (*self.model.parameters(), *self.model.buffers())}
+        kept: dict[int, int] = {}
+
+        def pack(tensor: torch.Tensor) -> torch.Tensor:
+            storage = tensor.untyped_storage()
+            kept[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            loss = self.loss()  # alive until the count, so that no address is used twice
+        found = sum(size for address, size in kept.items() if address not in own) / 1e6
+        del loss
+        return found
+
+
+def trainee(case: str, options: argparse.Namespace) -> Trainee:
+    """The case's model, injected and on its device."""
+    torch.manual_seed(0)
+    model = CASES[case](cv.Base(options.model, "random", options.img_size).build(100))
+    model.to(options.device).train()
+    for module in model.modules():
+        if isinstance(module, NORMS):
+            module.eval()
+    size = options.img_size or model.get_submodule("").pretrained_cfg["input_size"][-1]  # type: ignore[union-attr]
+    x = torch.randn(options.batch, 3, size, size, device=options.device)
+    found = Trainee(model, x, torch.arange(options.batch, device=options.device) % 100)
+    if options.compile:
+        found.forward = torch.compile(model)
+    return found
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = cli.Parser(prog="python -m benchmarks.step", description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="vit_tiny_patch16_224")
+    parser.add_argument("--img-size", type=int)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--cases", default="vit", help=f"one of the sets {', '.join(SETS)}, or names with commas")
+    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--threads", type=int, default=1, help="of a CPU")
+    parser.add_argument("--compile", action="store_true", help="torch.compile every case")
+    parser.add_argument("--device", default=None)
+    options = check_counts(parser.parse_args(argv), "batch", "rounds", "threads")
+    options.cases = SETS.get(options.cases) or tuple(options.cases.split(","))
+    check_names("--cases", ",".join(options.cases), CASES)
+    return options
+
+
+def main(argv: list[str] | None = None) -> dict[str, float]:
+    """Print a row for each case; returns their ratios to the floor."""
+    options = parse(argv)
+    device = options.device = setup.pick_device(options.device)
+    torch.set_num_threads(options.threads)
+    cases = {case: trainee(case, options) for case in dict.fromkeys(("floor", *options.cases))}
+    times = interleaved({case: each.step for case, each in cases.items()}, options.rounds)
+    kept = {case: each.memory() for case, each in cases.items()}
+    rows, ratios = [], {}
+    for case, each in cases.items():
+        low, ratios[case], high = np.percentile(times[case] / times["floor"], [25, 50, 75])
+        share = kept[case] / kept["floor"]
+        spread = f"{ratios[case]:.3f} ({low:.3f} … {high:.3f})"
+        rows.append((case, f"{each.values:,}", f"{np.median(times[case]):.1f}", spread, f"{share:.3f}"))
+    print(table(("case", "trained", "step, ms", "of the floor (quartiles)", "memory, of the floor's"), rows))
+    env = environment(device)
+    shape = "" if options.img_size is None else f" at {options.img_size}"
+    print(
+        f"{options.model}{shape}, batch {options.batch}, {options.rounds} rounds"
+        f"{', compiled' if options.compile else ''}; {env['device']}, {torch.get_num_threads()} threads, "
+        f"torch {env['torch']}, timm {env['timm']}, peft {_version('peft')}, commit {env['commit']}"
+    )
+    return ratios
+
+
+def _version(name: str) -> str:
+    from importlib import metadata
+
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return "absent"
+
+
+if __name__ == "__main__":
+    cli.run(main)

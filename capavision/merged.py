@@ -1,0 +1,195 @@
+"""A training step near the cost of the frozen layer: merge first, then one product, with factored gradients.
+
+    M  = W + ΔW,  on its row blocks M[rows] = W[rows] + s U D        U (rows, r), D (r, n_in)
+    y  = x Mᵀ + b                                                     (a conv: y = x * M + b)
+    dx = g M,   dU = s g[rows]ᵀ h,  h = x Dᵀ,   dD = s (g[rows] U)ᵀ x     no dense weight gradient is ever formed
+
+A Linear's other way is the factored forward, x Wᵀ + b + s (x Dᵀ) Uᵀ, with two thin products more over all N tokens and
+another pass over y; the merge needs one over the weight, whatever N. In multiply-adds, forward and the backward to x:
+
+    merged    2 r n_out n_in          factored    2 r N (n_in + n_out)
+
+so the merge is cheaper from N = n_in n_out / (n_in + n_out) tokens on: 144 for a ViT-Ti's qkv, 576 for a ViT-B's.
+
+A conv's other way is the dense gradient of M, of which dU and dD follow. At each output place, for K = n_in · kernel:
+
+    factored    2 r (K + n_out)       dense       n_out K
+
+Here h is the conv of x with D's r kernels, and dD the weight gradient of that thin conv.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Rows = tuple[tuple[int, int, float], ...]  # start, stop, scale
+Sizes = tuple[int, ...]
+
+
+class Block(NamedTuple):
+    """ΔW[start:stop] = scale · up @ down, for up (stop - start, r) and down (r, n_in)."""
+
+    start: int
+    stop: int
+    up: Tensor
+    down: Tensor
+    scale: float
+
+
+class Geometry(NamedTuple):
+    """How a conv of one group moves over its input."""
+
+    stride: Sizes
+    padding: Sizes
+    dilation: Sizes
+
+    def conv(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """x (b, n_in, …) * weight (n_out, n_in, …) + bias."""
+        y: Tensor = torch.ops.aten.convolution(x, weight, bias, *self, *self._rest)
+        return y
+
+    def to_input(self, g: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+        """The gradient of `conv` to x."""
+        return self._backward(g, x, weight, (True, False))
+
+    def to_weight(self, g: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+        """The gradient of `conv` to weight."""
+        return self._backward(g, x, weight, (False, True))
+
+    @property
+    def _rest(self) -> tuple[bool, list[int], int]:
+        return False, [0] * len(self.stride), 1
+
+    def _backward(self, g: Tensor, x: Tensor, weight: Tensor, wanted: tuple[bool, bool]) -> Tensor:
+        found = torch.ops.aten.convolution_backward(g, x, weight, None, *self, *self._rest, [*wanted, False])
+        gradient: Tensor = found[wanted.index(True)]
+        return gradient
+
+
+def linear_pays(x: Tensor, weight: Tensor) -> bool:
+    """Whether merging costs fewer multiply-adds than the factored forward, for the tokens of x (…, n_in)."""
+    n_out, n_in = weight.shape
+    return x.numel() // n_in * (n_in + n_out) >= n_in * n_out
+
+
+def conv_pays(weight: Tensor, blocks: list[Block]) -> bool:
+    """Whether factored gradients cost fewer multiply-adds than that of W + ΔW."""
+    n_out, K = len(weight), weight[0].numel()
+    return sum(2 * len(block.down) * (K + block.stop - block.start) for block in blocks) < n_out * K
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, blocks: list[Block]) -> Tensor:
+    """x (W + ΔW)ᵀ + b, (…, n_in) to (…, n_out)."""
+    rows, *factors = _flat(blocks)
+    if not torch.is_grad_enabled():
+        return F.linear(x, _merge(weight, rows, tuple(factors)), bias)
+    y: Tensor = _Linear.apply(x, weight, bias, rows, *factors)
+    return y
+
+
+def conv(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, blocks: list[Block]) -> Tensor:
+    """x * (W + ΔW) + b, (b, n_in, …) to (b, n_out, …)."""
+    y: Tensor = _Conv.apply(x, weight, bias, geometry, *_flat(blocks))
+    return y
+
+
+def _flat(blocks: list[Block]) -> tuple[Any, ...]:
+    rows = tuple((block.start, block.stop, block.scale) for block in blocks)
+    return rows, *(factor for block in blocks for factor in (block.up, block.down))
+
+
+def _merge(weight: Tensor, rows: Rows, factors: tuple[Tensor, ...]) -> Tensor:
+    """W + ΔW, in the shape and memory format of W."""
+    if len(rows) == 1 and rows[0][:2] == (0, len(weight)) and weight.is_contiguous():
+        return torch.addmm(weight.flatten(1), factors[0], factors[1], alpha=rows[0][2]).view(weight.shape)
+    merged = weight.clone()
+    for (start, stop, scale), up, down in zip(rows, factors[::2], factors[1::2], strict=True):
+        some = merged[start:stop]
+        if some.is_contiguous():
+            some.flatten(1).addmm_(up, down, alpha=scale)
+        else:
+            some.add_((up @ down).view(some.shape), alpha=scale)
+    return merged
+
+
+class _Linear(torch.autograd.Function):
+    """Merged again in the backward: that is cheaper than to keep a copy of every weight until then."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor, bias: Tensor | None, rows: Rows, *factors: Tensor) -> Tensor:
+        return F.linear(x, _merge(weight, rows, factors), bias)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, weight, _, ctx.rows, *factors = inputs
+        ctx.save_for_backward(x, weight, *factors)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, *factors = ctx.saved_tensors
+        g = gradients[0]
+        g2, x2 = g.flatten(0, -2), x.flatten(0, -2)
+        found: list[Tensor] = []
+        for (start, stop, scale), up, down in zip(ctx.rows, factors[::2], factors[1::2], strict=True):
+            rows = g2[:, start:stop]
+            found += [scale * (rows.mT @ (x2 @ down.mT)), scale * ((rows @ up).mT @ x2)]
+        dx = (g2 @ _merge(weight, ctx.rows, tuple(factors))).view_as(x) if ctx.needs_input_grad[0] else None
+        db = g2.sum(0) if ctx.needs_input_grad[2] else None
+        return dx, None, db, None, *found
+
+
+class _Conv(torch.autograd.Function):
+    """As `_Linear`, with channels in front and a kernel."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, rows: Rows, *factors: Tensor
+    ) -> Tensor:
+        return geometry.conv(x, _merge(weight, rows, factors), bias)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, weight, _, ctx.geometry, ctx.rows, *factors = inputs
+        ctx.save_for_backward(x, weight, *factors)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, *factors = ctx.saved_tensors
+        g, found = gradients[0], []
+        for (start, stop, scale), up, down in zip(ctx.rows, factors[::2], factors[1::2], strict=True):
+            dU, dD = _thin(g[:, start:stop], x, up, down.view(-1, *weight.shape[1:]), ctx.geometry)
+            found += [scale * dU, scale * dD]
+        dx = None
+        if ctx.needs_input_grad[0]:
+            dx = ctx.geometry.to_input(g, x, _merge(weight, ctx.rows, tuple(factors)))
+        db = g.transpose(0, 1).flatten(1).sum(1) if ctx.needs_input_grad[2] else None
+        return dx, None, db, None, None, *found
+
+
+def _thin(g: Tensor, x: Tensor, up: Tensor, kernels: Tensor, geometry: Geometry) -> tuple[Tensor, Tensor]:
+    """dU (rows, r) and dD (r, K) of a conv, for r `kernels`, without the scale."""
+    places = g.flatten(2)  # (b, rows, L)
+    k = _each(up.mT, places)
+    if _is_product(kernels, geometry):  # a library's conv of few channels is several times slower
+        flat = x.flatten(2)
+        h, dD = _each(kernels.flatten(1), flat), (k @ flat.mT).sum(0)
+    else:
+        h = geometry.conv(x, kernels).flatten(2)
+        dD = geometry.to_weight(k.view(*k.shape[:2], *g.shape[2:]), x, kernels).flatten(1)
+    return (places @ h.mT).sum(0), dD
+
+
+def _each(left: Tensor, right: Tensor) -> Tensor:
+    """left (m, n) @ each of right (b, n, l): matmul would copy all of `right` into one matrix."""
+    return torch.bmm(left.expand(len(right), -1, -1), right)
+
+
+def _is_product(kernels: Tensor, geometry: Geometry) -> bool:
+    """Whether the conv is one matrix product: a kernel of 1, every place, no border."""
+    return kernels[0, 0].numel() == 1 and set(geometry.stride) == {1} and set(geometry.padding) == {0}
