@@ -212,7 +212,17 @@ def test_the_crossing_of_two_lines():
     assert crossing((1, 4), points[:2]) is None
 
 
+def test_what_happens_around_training_is_timed(capsys):
+    from benchmarks import lifecycle
+
+    lifecycle.main(["--model", "test_vit", "--rounds", "1"])
+    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines()[2:-1]]
+    assert [row[0].removeprefix("| ") for row in rows] == list(lifecycle.METHODS)
+    assert all(float(row[6].split(" + ")[1].split()[0]) <= 64 for row in rows), "KB beside the values"
+
+
 REFUSED = {
+    "lifecycle --rounds 0": "--rounds 0 must be at least 1",
     "step --cases nosuch": "--cases: 'nosuch' is unknown",
     "step --rounds 0": "--rounds 0 must be at least 1",
     "growth --rounds 0": "--rounds 0 must be at least 1",
