@@ -63,6 +63,8 @@ class Config:
     clip: largest norm of the gradient; 0 does not clip
     compile: compile the backbone with torch.compile: a slow first step (a minute on 2 CPU cores; seconds once its cache
         on disk has the model), faster ones after it
+    cache_frozen_prefix: compute what the backbone does before its first adapted module once for each training image,
+        and keep it (up to 4 GiB): faster where --targets names late blocks; needs --drop-path 0
     seed: of initial values, masks, data order and drop-path
     device: cuda, mps or cpu (default: the best this machine has)
     out: folder of run folders
@@ -104,6 +106,7 @@ class Config:
     drop_path: float = 0.1
     clip: float = 1.0
     compile: bool = False
+    cache_frozen_prefix: bool = False
     seed: int = 0
     device: str | None = None
     out: Path = Path("runs")

@@ -34,6 +34,10 @@ def check(config: "Config") -> None:
     _tuning(config)
     if config.mask_lr is not None and getattr(config.method, "masks", "") != "learned":
         raise ValueError("--mask-lr has no use without learned masks; pass --masks learned, or leave it out")
+    if config.compile and config.cache_frozen_prefix:
+        raise ValueError(
+            "--compile makes one graph of the backbone, --cache-frozen-prefix leaves out a part; choose one"
+        )
     for field in ("lr_start", "lr_min"):
         if getattr(config, field) > config.lr:
             raise ValueError(f"{flag(field)} {getattr(config, field):g} is above the peak, --lr {config.lr:g}")

@@ -17,6 +17,7 @@ from vtab import checkpoint, record
 from vtab.compiled import forward_of
 from vtab.config import Config
 from vtab.evaluate import autocast
+from vtab.prefix import FrozenPrefix
 from vtab.schedule import Schedule, make_optimizer
 
 
@@ -38,6 +39,9 @@ class Loop:
 
     def __post_init__(self) -> None:
         self.forward = forward_of(self.model, self.config)
+        self.prefix: Callable[[Tensor], AbstractContextManager[Any]] = nullcontext
+        if self.config.cache_frozen_prefix:
+            self.prefix = FrozenPrefix(self.model, self.images, self.normalize, self.config.batch_size)
         self.trained = cv.parameters(self.model)
         self.optimizer = make_optimizer(self.model, self.config, fused=self.images.device.type == "cuda")
         self.steps = self.config.steps(len(self.images))
@@ -109,7 +113,7 @@ class Loop:
         """One update by the images `chosen`; their mean loss, and how many were right."""
         with self.clock("data"):
             x, y = self.normalize(self.images[chosen]), self.labels[chosen]
-        with self.clock("forward"), autocast(self.images.device):
+        with self.clock("forward"), autocast(self.images.device), self.prefix(chosen):
             logits = self.forward(x)
             loss = F.cross_entropy(logits, y)
         with self.clock("backward"):
