@@ -3,8 +3,8 @@
     y = rest(prefix(x))        prefix holds no trained value, and x never changes: prefix(x) is one tensor an image
 
 How it works: the model runs as ever, but the prefix's last module, the cut, gives the kept outputs of the batch's
-images, and modules before it give zeros of their shape. A cut counts only if a batch keeps the whole model's logits, bit
-for bit: a residual that leads past a cut rules it out. Of those, the one that spares most modules is taken.
+images, and modules before it give zeros of their shape. A cut counts only if a batch keeps the logits of the whole
+model, bit for bit: a residual that leads past it rules it out. Of those, the one that spares most modules is taken.
 """
 
 import contextlib
