@@ -10,7 +10,8 @@ keeps for the backward, on a GPU the peak.
 
 import argparse
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -23,9 +24,11 @@ from benchmarks.tables import check_counts, check_names, table
 from export.bench import interleaved
 from vtab import cli, setup
 from vtab.evaluate import autocast
+from vtab.prefix import FrozenPrefix
 from vtab.record import environment
 
 CAPABOOST = cv.LoRA(rank=8, branches=2)
+LATE = ("blocks.[6-9].attn.qkv", "blocks.1?.attn.qkv")  # of a ViT of 12 blocks, the last 6
 NORMS = (nn.modules.batchnorm._BatchNorm,)
 
 
@@ -42,7 +45,7 @@ def full(model: nn.Module) -> nn.Module:
     return model.requires_grad_(True)
 
 
-def ours(method: cv.Method, targets: str | None = None) -> Callable[[nn.Module], nn.Module]:
+def ours(method: cv.Method, targets: str | Sequence[str] | None = None) -> Callable[[nn.Module], nn.Module]:
     """With a delta; None are the method's own targets."""
 
     def inject(model: nn.Module) -> nn.Module:
@@ -85,6 +88,8 @@ CASES: dict[str, Callable[[nn.Module], nn.Module]] = {
     "toeplitz linear": ours(cv.Toeplitz(), "linear"),
     "kronecker linear": ours(cv.Kronecker(), "linear"),
     "ldr linear": ours(cv.LDR(), "linear"),
+    "late qkv": ours(CAPABOOST, LATE),
+    "late qkv, cached prefix": ours(CAPABOOST, LATE),
     "adapter": ours(cv.Adapter(rank=8, branches=2)),
     "prefix": ours(cv.Prefix()),
 }
@@ -92,6 +97,7 @@ SETS = {
     "vit": ("floor", "full", "capaboost qkv", "peft qkv", "capaboost linear", "peft linear"),
     "methods": ("floor", "adapter", "prefix", "lora 16 linear", *(n for n in CASES if n.split()[0] in cv.Method.known)),
     "conv": ("floor", "full", "capaboost conv", "peft conv"),
+    "late": ("floor", "capaboost qkv", "late qkv", "late qkv, cached prefix"),
 }
 
 
@@ -102,6 +108,7 @@ class Trainee:
     model: nn.Module
     x: torch.Tensor
     y: torch.Tensor
+    prefix: Callable[[torch.Tensor], AbstractContextManager[Any]] = nullcontext
 
     def __post_init__(self) -> None:
         self.forward: Any = self.model
@@ -111,7 +118,7 @@ class Trainee:
 
     def loss(self) -> torch.Tensor:
         """Of the batch."""
-        with autocast(self.x.device):
+        with autocast(self.x.device), self.prefix(torch.arange(len(self.x), device=self.x.device)):
             return F.cross_entropy(self.forward(self.x), self.y)
 
     def step(self) -> None:
@@ -155,6 +162,8 @@ def trainee(case: str, options: argparse.Namespace) -> Trainee:
     size = options.img_size or model.get_submodule("").pretrained_cfg["input_size"][-1]  # type: ignore[union-attr]
     x = torch.randn(options.batch, 3, size, size, device=options.device)
     found = Trainee(model, x, torch.arange(options.batch, device=options.device) % 100)
+    if "cached" in case:
+        found.prefix = FrozenPrefix(model, x, lambda x: x, options.batch)
     if options.compile:
         found.forward = torch.compile(model)
     return found
@@ -166,14 +175,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--model", default="vit_tiny_patch16_224")
     parser.add_argument("--img-size", type=int)
     parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--cases", default="vit", help=f"one of the sets {', '.join(SETS)}, or names with commas")
+    parser.add_argument("--cases", default="vit", help=f"one of the sets {', '.join(SETS)}, or names with semicolons")
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--threads", type=int, default=1, help="of a CPU")
     parser.add_argument("--compile", action="store_true", help="torch.compile every case")
     parser.add_argument("--device", default=None)
     options = check_counts(parser.parse_args(argv), "batch", "rounds", "threads")
-    options.cases = SETS.get(options.cases) or tuple(options.cases.split(","))
-    check_names("--cases", ",".join(options.cases), CASES)
+    options.cases = SETS.get(options.cases) or tuple(options.cases.split(";"))
+    check_names("--cases", options.cases, CASES)
     return options
 
 

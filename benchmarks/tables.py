@@ -65,8 +65,8 @@ def check_counts(args: argparse.Namespace, *names: str) -> argparse.Namespace:
     return args
 
 
-def check_names(option: str, given: str, known: Collection[str]) -> None:
-    """Raise ValueError for a name in the list `given` that is not known."""
-    for name in given.split(","):
+def check_names(option: str, given: str | Iterable[str], known: Collection[str]) -> None:
+    """Raise ValueError for a name in `given`, a list or one with commas, that is not known."""
+    for name in given.split(",") if isinstance(given, str) else given:
         if name not in known:
             raise ValueError(f"{option}: {name!r} is unknown; {near(name, known)}")

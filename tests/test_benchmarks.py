@@ -166,9 +166,9 @@ def test_a_step_is_timed_beside_its_floor(model, without, capsys):
     from benchmarks import step
 
     pytest.importorskip("peft")
-    vits = ("qkv", "prefix", "adapter") if model == "test_resnet" else ()
+    vits = ("qkv", "prefix", "adapter") if model == "test_resnet" else ("late qkv", "cached prefix")  # it has 2 blocks
     cases = [case for case in step.CASES if not case.endswith((without, *vits))]
-    ratios = step.main(["--model", model, "--batch", "2", "--rounds", "1", "--cases", ",".join(cases)])
+    ratios = step.main(["--model", model, "--batch", "2", "--rounds", "1", "--cases", ";".join(cases)])
     assert list(ratios) == cases
     assert ratios["floor"] == 1
     printed = {line.split(" | ")[0][2:]: line.split(" | ") for line in capsys.readouterr().out.splitlines()[2:-1]}
@@ -179,6 +179,16 @@ def test_a_step_is_timed_beside_its_floor(model, without, capsys):
     assert kept["floor"] == 1
     assert kept["full"] > 1
     assert all(share > 0.5 for share in kept.values()), kept
+
+
+def test_the_cached_prefix_is_a_case_of_its_own(monkeypatch):
+    from benchmarks import step
+
+    late = step.ours(step.CAPABOOST, ["blocks.1.attn.qkv"])
+    monkeypatch.setattr(step, "CASES", {"floor": step.floor, "late qkv, cached prefix": late})
+    assert step.main(["--model", "test_vit", "--rounds", "1", "--cases", "late qkv, cached prefix"]).keys() == {
+        "floor", "late qkv, cached prefix",
+    }  # fmt: skip
 
 
 def test_memory_is_what_autograd_keeps():
