@@ -101,16 +101,13 @@ def _flat(blocks: list[Block]) -> tuple[Any, ...]:
 
 
 def _merge(weight: Tensor, rows: Rows, factors: tuple[Tensor, ...]) -> Tensor:
-    """W + ΔW, in the shape and memory format of W."""
-    if len(rows) == 1 and rows[0][:2] == (0, len(weight)) and weight.is_contiguous():
-        return torch.addmm(weight.flatten(1), factors[0], factors[1], alpha=rows[0][2]).view(weight.shape)
+    """W + ΔW, in the shape and memory format of W; of a conv the very bits of the host's `weight`, and so of fold."""
+    if weight.dim() == 2 and len(rows) == 1 and rows[0][:2] == (0, len(weight)):
+        return torch.addmm(weight, factors[0], factors[1], alpha=rows[0][2])
     merged = weight.clone()
     for (start, stop, scale), up, down in zip(rows, factors[::2], factors[1::2], strict=True):
         some = merged[start:stop]
-        if some.is_contiguous():
-            some.flatten(1).addmm_(up, down, alpha=scale)
-        else:
-            some.add_((up @ down).view(some.shape), alpha=scale)
+        some.add_((scale * (up @ down)).view(some.shape))
     return merged
 
 
