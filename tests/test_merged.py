@@ -187,12 +187,14 @@ def test_a_convs_step_is_that_of_the_dense_weight(made, last):
 @each_conv
 def test_a_convs_gradients_are_the_limits_of_differences_once_and_twice(made):
     conv, x, blocks = seeded(lambda: conv_parts(made))
+    geometry = merged.Geometry(conv.stride, conv.padding, conv.dilation)
+    bias = seeded(lambda: torch.randn(len(conv.weight)).double())
 
-    def y(x, *factors):
+    def y(x, bias, *factors):
         made = [b._replace(up=factors[2 * i], down=factors[2 * i + 1]) for i, b in enumerate(blocks)]
-        return merged_conv(conv, x, made)
+        return merged.conv(x, conv.weight, bias, geometry, made)
 
-    inputs = [x, *(factor for block in blocks for factor in (block.up, block.down))]
+    inputs = [x, bias, *(factor for block in blocks for factor in (block.up, block.down))]
     inputs = [tensor.clone().requires_grad_() for tensor in inputs]
     assert torch.autograd.gradcheck(y, inputs, fast_mode=True)
     assert torch.autograd.gradgradcheck(y, inputs, fast_mode=True)
