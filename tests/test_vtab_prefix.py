@@ -94,6 +94,12 @@ def test_a_residual_past_a_cut_rules_it_out():
     assert [module for module, _ in cached.spared] == [net.stem, net.blocks[0]]
 
 
+def test_a_zero_head_hides_no_wrong_cut():
+    model, images = made("test_vit", 160, "blocks.1*")
+    torch.nn.init.zeros_(model.head.weight)
+    assert FrozenPrefix(model, images, normalize, batch_size=2).cut is model.blocks[0]
+
+
 def test_forwards_come_back_after_an_error():
     model, images = made(*NETS["vit"][:3])
     cached = FrozenPrefix(model, images, normalize, batch_size=2)

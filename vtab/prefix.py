@@ -3,8 +3,9 @@
     y = rest(prefix(x))        prefix holds no trained value, and x never changes: prefix(x) is one tensor an image
 
 How it works: the model runs as ever, but the prefix's last module, the cut, gives the kept outputs of the batch's
-images, and modules before it give zeros of their shape. A cut counts only if a batch keeps the logits of the whole
-model, bit for bit: a residual that leads past it rules it out. Of those, the one that spares most modules is taken.
+images, and modules before it give zeros of their shape. A cut counts only if all that modules after it get and give
+stays as it was, bit for bit: a residual that leads past it rules it out, also where a zero hides it from the logits.
+Of those, the one that spares most modules is taken.
 """
 
 import contextlib
@@ -58,12 +59,13 @@ class FrozenPrefix:
     def _found(self) -> tuple[nn.Module, list[tuple[nn.Module, Tensor]]]:
         """The cut that spares most, and what need not run before it, with an output of each."""
         some = torch.arange(min(TRIED, len(self.images)), device=self.images.device)
-        expected = self._logits(self.images[some])
         for plan in self._plans():
             self.cut, self.spared = plan
             self.kept = self._output(self.cut, self.images[some])
+            expected = self._after(self.cut, self.images[some])
             with contextlib.suppress(RuntimeError, ValueError, TypeError, AssertionError), self(some):
-                if torch.equal(self._logits(self.images[some]), expected):
+                found = self._after(self.cut, self.images[some])
+                if len(found) == len(expected) and all(map(torch.equal, found, expected)):
                     return plan
         raise ValueError(
             "--cache-frozen-prefix: the first modules are trained themselves, or later ones read what they compute; "
@@ -109,6 +111,24 @@ class FrozenPrefix:
                 ran[module] = min(inner)
         single = {m: each[0] for m, each in given.items() if len(each) == 1 and isinstance(each[0], Tensor)}
         return ran, {m: output for m, output in single.items() if output.dim() and len(output) == 1}
+
+    def _after(self, cut: nn.Module, images: Tensor) -> list[Tensor]:
+        """All tensors that modules get and give once `cut` has run, and the logits; a zero head says nothing."""
+        seen: list[Tensor] = []
+        done: list[nn.Module] = []
+
+        def keep(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+            if cut in done and module not in around:
+                seen.extend(each for each in (*inputs, output) if isinstance(each, Tensor))
+            done.append(module)
+
+        around = [m for m in self.model.modules() if cut in m.modules()]  # whose inputs may come before the cut
+        hooks = [m.register_forward_hook(keep) for m in self.model.modules()]
+        try:
+            return [self._logits(images), *seen]
+        finally:
+            for hook in hooks:
+                hook.remove()
 
     def _output(self, module: nn.Module, images: Tensor) -> Tensor:
         """What `module` gives within the model, if nothing was drawn at random before."""
