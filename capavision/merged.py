@@ -16,6 +16,9 @@ A conv's other way is the dense gradient of M, of which dU and dD follow. At eac
     factored    2 r (K + n_out)       dense       n_out K
 
 Here h is the conv of x with D's r kernels, and dD the weight gradient of that thin conv.
+
+Under autocast M is summed in float32 and rounded once; the thin products run on rounded factors, as they would anyway.
+Rounding W + ΔW costs no accuracy: `python -m benchmarks.half`.
 """
 
 from typing import Any, NamedTuple
@@ -81,17 +84,19 @@ def conv_pays(weight: Tensor, blocks: list[Block]) -> bool:
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, blocks: list[Block]) -> Tensor:
-    """x (W + ΔW)ᵀ + b, (…, n_in) to (…, n_out)."""
+    """x (W + ΔW)ᵀ + b, (…, n_in) to (…, n_out), in the dtype of x, which bias shares."""
     rows, *factors = _flat(blocks)
     if not torch.is_grad_enabled():
-        return F.linear(x, _merge(weight, rows, tuple(factors)), bias)
-    y: Tensor = _Linear.apply(x, weight, bias, rows, *factors)
+        return F.linear(x, _merge(weight, rows, tuple(factors), x.dtype), bias)
+    y: Tensor = _Linear.apply(x, weight, _rounded(x, weight, rows, tuple(factors)), bias, rows, *factors)
     return y
 
 
 def conv(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, blocks: list[Block]) -> Tensor:
-    """x * (W + ΔW) + b, (b, n_in, …) to (b, n_out, …)."""
-    y: Tensor = _Conv.apply(x, weight, bias, geometry, *_flat(blocks))
+    """x * (W + ΔW) + b, (b, n_in, …) to (b, n_out, …), in the dtype of x, which bias shares."""
+    rows, *factors = _flat(blocks)
+    rounded = _rounded(x, weight, rows, tuple(factors))
+    y: Tensor = _Conv.apply(x, weight, rounded, bias, geometry, rows, *factors)
     return y
 
 
@@ -100,43 +105,57 @@ def _flat(blocks: list[Block]) -> tuple[Any, ...]:
     return rows, *(factor for block in blocks for factor in (block.up, block.down))
 
 
-def _merge(weight: Tensor, rows: Rows, factors: tuple[Tensor, ...]) -> Tensor:
+def _merge(weight: Tensor, rows: Rows, factors: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor:
     """W + ΔW, in the shape and memory format of W; of a conv the very bits of the host's `weight`, and so of fold."""
-    if weight.dim() == 2 and len(rows) == 1 and rows[0][:2] == (0, len(weight)):
-        return torch.addmm(weight, factors[0], factors[1], alpha=rows[0][2])
-    merged = weight.clone()
-    for (start, stop, scale), up, down in zip(rows, factors[::2], factors[1::2], strict=True):
-        some = merged[start:stop]
-        some.add_((scale * (up @ down)).view(some.shape))
-    return merged
+    with torch.autocast(weight.device.type, enabled=False):
+        if weight.dim() == 2 and len(rows) == 1 and rows[0][:2] == (0, len(weight)):
+            return torch.addmm(weight, factors[0], factors[1], alpha=rows[0][2]).to(dtype)
+        merged = weight.clone()
+        for (start, stop, scale), up, down in zip(rows, factors[::2], factors[1::2], strict=True):
+            some = merged[start:stop]
+            some.add_((scale * (up @ down)).view(some.shape))
+        return merged.to(dtype)
+
+
+def _rounded(x: Tensor, weight: Tensor, rows: Rows, factors: tuple[Tensor, ...]) -> Tensor | None:
+    """W + ΔW in the lower precision of x, for forward and backward: a frozen layer under autocast keeps as much.
+
+    Its own graph serves second derivatives; in the first ones the gradient that would go through it is None.
+    """
+    return None if x.dtype == weight.dtype else _merge(weight, rows, factors, x.dtype)
 
 
 class _Linear(torch.autograd.Function):
-    """Merged again in the backward: that is cheaper than to keep a copy of every weight until then."""
+    """Merged again in the backward, if not `rounded`: that is cheaper than to keep a copy of every weight until then."""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x: Tensor, weight: Tensor, bias: Tensor | None, rows: Rows, *factors: Tensor) -> Tensor:
-        return F.linear(x, _merge(weight, rows, factors), bias)
+    def forward(
+        x: Tensor, weight: Tensor, rounded: Tensor | None, bias: Tensor | None, rows: Rows, *factors: Tensor
+    ) -> Tensor:
+        return F.linear(x, _merge(weight, rows, factors, x.dtype) if rounded is None else rounded, bias)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, weight, _, ctx.rows, *factors = inputs
-        ctx.save_for_backward(x, weight, *factors)
+        x, weight, rounded, _, ctx.rows, *factors = inputs
+        ctx.save_for_backward(x, weight, rounded, *factors)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, *factors = ctx.saved_tensors
+        x, weight, merged, *factors = ctx.saved_tensors
         g = gradients[0]
         g2, x2 = g.flatten(0, -2), x.flatten(0, -2)
         found: list[Tensor] = []
         for (start, stop, scale), up, down in zip(ctx.rows, factors[::2], factors[1::2], strict=True):
             rows = g2[:, start:stop]
-            found += [scale * (rows.mT @ (x2 @ down.mT)), scale * ((rows @ up).mT @ x2)]
-        dx = (g2 @ _merge(weight, ctx.rows, tuple(factors))).view_as(x) if ctx.needs_input_grad[0] else None
-        db = g2.sum(0) if ctx.needs_input_grad[2] else None
-        return dx, None, db, None, *found
+            dU, dD = rows.mT @ (x2 @ down.to(x.dtype).mT), (rows @ up.to(x.dtype)).mT @ x2
+            found += [scale * dU.to(up.dtype), scale * dD.to(down.dtype)]
+        dx = None
+        if ctx.needs_input_grad[0]:
+            dx = (g2 @ (_merge(weight, ctx.rows, tuple(factors), x.dtype) if merged is None else merged)).view_as(x)
+        db = g2.sum(0) if ctx.needs_input_grad[3] else None
+        return dx, None, None, db, None, *found
 
 
 class _Conv(torch.autograd.Function):
@@ -146,27 +165,35 @@ class _Conv(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, rows: Rows, *factors: Tensor
+        x: Tensor,
+        weight: Tensor,
+        rounded: Tensor | None,
+        bias: Tensor | None,
+        geometry: Geometry,
+        rows: Rows,
+        *factors: Tensor,
     ) -> Tensor:
-        return geometry.conv(x, _merge(weight, rows, factors), bias)
+        return geometry.conv(x, _merge(weight, rows, factors, x.dtype) if rounded is None else rounded, bias)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, weight, _, ctx.geometry, ctx.rows, *factors = inputs
-        ctx.save_for_backward(x, weight, *factors)
+        x, weight, rounded, _, ctx.geometry, ctx.rows, *factors = inputs
+        ctx.save_for_backward(x, weight, rounded, *factors)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, *factors = ctx.saved_tensors
+        x, weight, merged, *factors = ctx.saved_tensors
         g, found = gradients[0], []
         for (start, stop, scale), up, down in zip(ctx.rows, factors[::2], factors[1::2], strict=True):
-            dU, dD = _thin(g[:, start:stop], x, up, down.view(-1, *weight.shape[1:]), ctx.geometry)
-            found += [scale * dU, scale * dD]
+            kernels = down.to(x.dtype).view(-1, *weight.shape[1:])
+            dU, dD = _thin(g[:, start:stop], x, up.to(x.dtype), kernels, ctx.geometry)
+            found += [scale * dU.to(up.dtype), scale * dD.to(down.dtype)]
         dx = None
         if ctx.needs_input_grad[0]:
-            dx = ctx.geometry.to_input(g, x, _merge(weight, ctx.rows, tuple(factors)))
-        db = g.transpose(0, 1).flatten(1).sum(1) if ctx.needs_input_grad[2] else None
-        return dx, None, db, None, None, *found
+            merged = _merge(weight, ctx.rows, tuple(factors), x.dtype) if merged is None else merged
+            dx = ctx.geometry.to_input(g, x, merged)
+        db = g.transpose(0, 1).flatten(1).sum(1) if ctx.needs_input_grad[3] else None
+        return dx, None, None, db, None, None, *found
 
 
 def _thin(g: Tensor, x: Tensor, up: Tensor, kernels: Tensor, geometry: Geometry) -> tuple[Tensor, Tensor]:
