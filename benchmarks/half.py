@@ -25,7 +25,7 @@ from vtab.record import environment
 
 def apart() -> AbstractContextManager[Any]:
     """No Linear merges."""
-    return mock.patch.object(merged, "linear_pays", lambda *_: False)
+    return mock.patch.object(merged, "linear_pays", return_value=False)
 
 
 WAYS = {

@@ -137,18 +137,26 @@ class Trainee:
             self.step()
             return (torch.cuda.max_memory_allocated(self.x.device) - before) / 1e6
         own = {t.untyped_storage().data_ptr() for t in (*self.model.parameters(), *self.model.buffers())}
-        kept: dict[int, int] = {}
+        loss = self.loss()
+        kept = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in saved(loss)}
+        return sum(size for address, size in kept.items() if address not in own) / 1e6
 
-        def pack(tensor: torch.Tensor) -> torch.Tensor:
-            storage = tensor.untyped_storage()
-            kept[storage.data_ptr()] = storage.nbytes()
-            return tensor
 
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            loss = self.loss()  # alive until the count, so that no address is used twice
-        found = sum(size for address, size in kept.items() if address not in own) / 1e6
-        del loss
-        return found
+def saved(loss: torch.Tensor) -> list[torch.Tensor]:
+    """All tensors that the graph behind `loss` keeps; hooks on saved tensors would change what is kept."""
+    waiting, seen, found = [loss.grad_fn], set[Any](), list[torch.Tensor]()
+    while waiting:
+        node: Any = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        waiting += [before for before, _ in node.next_functions]
+        each = [getattr(node, name) for name in dir(node) if name.startswith("_saved_")]
+        for value in (*each, getattr(node, "saved_tensors", ())):
+            found += [
+                t for t in (value if isinstance(value, (list, tuple)) else [value]) if isinstance(t, torch.Tensor)
+            ]
+    return found
 
 
 def trainee(case: str, options: argparse.Namespace) -> Trainee:

@@ -59,6 +59,12 @@ class Delta(nn.Module):
     """Base of all placements; `model.modules()` filtered by it finds every delta."""
 
 
+def product(left: Tensor, right: Tensor) -> Tensor:
+    """left @ right in the dtype they have, where autocast would round both factors to half precision first."""
+    with torch.autocast(left.device.type, enabled=False):
+        return left @ right
+
+
 class Factors(NamedTuple):
     """ΔW = scale · up @ down, for up (n_out, r) and down (r, n_in)."""
 

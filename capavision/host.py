@@ -66,7 +66,7 @@ def _linear_forward(host: Any, x: Tensor) -> Tensor:
         return F.linear(x, host.weight, host.bias)
     dtype = _merged_dtype(host, x)
     if dtype and merged.linear_pays(x, base) and (blocks := host.delta.blocks()) is not None:
-        return merged.linear(x.to(dtype), base, _as(dtype, host.bias), blocks)
+        return merged.linear(x, base, host.bias, blocks, dtype)
     added: Tensor = host.delta(x)
     return F.linear(x, _base_weight(host, x), host.bias) + added
 
@@ -78,7 +78,7 @@ def _conv_forward(host: Any, x: Tensor) -> Tensor:
         blocks = host.delta.blocks()
         if blocks is not None and merged.conv_pays(base, blocks):
             geometry = merged.Geometry(host.stride, host.padding, host.dilation)
-            return merged.conv(x.to(dtype), base, _as(dtype, host.bias), geometry, blocks)
+            return merged.conv(x, base, host.bias, geometry, blocks, dtype)
     y: Tensor = type(host)._base.forward(host, x)
     return y
 
@@ -97,10 +97,6 @@ def _merged_dtype(host: Any, x: Any) -> torch.dtype | None:
     lower = torch.is_autocast_enabled(x.device.type) and base.dtype is torch.float32
     dtype = torch.get_autocast_dtype(x.device.type) if lower else base.dtype
     return dtype if x.dtype in (dtype, base.dtype) else None
-
-
-def _as(dtype: torch.dtype, bias: Tensor | None) -> Tensor | None:
-    return None if bias is None else bias.to(dtype)
 
 
 def _replicate(host: Any) -> Any:

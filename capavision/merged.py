@@ -27,6 +27,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from capavision import kept
+
 Rows = tuple[tuple[int, int, float], ...]  # start, stop, scale
 Sizes = tuple[int, ...]
 
@@ -83,18 +85,32 @@ def conv_pays(weight: Tensor, blocks: list[Block]) -> bool:
     return sum(2 * len(block.down) * (K + block.stop - block.start) for block in blocks) < n_out * K
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None, blocks: list[Block]) -> Tensor:
-    """x (W + ΔW)ᵀ + b, (…, n_in) to (…, n_out), in the dtype of x, which bias shares."""
+def linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, blocks: list[Block], dtype: torch.dtype | None = None
+) -> Tensor:
+    """x (W + ΔW)ᵀ + b, (…, n_in) to (…, n_out), in `dtype`; None is that of x."""
     rows, *factors = _flat(blocks)
+    origin = kept.origin(x) if torch.is_grad_enabled() else None
+    dtype = dtype or x.dtype
+    x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
     if not torch.is_grad_enabled():
         return F.linear(x, _merge(weight, rows, tuple(factors), x.dtype), bias)
-    y: Tensor = _Linear.apply(x, weight, _rounded(x, weight, rows, tuple(factors)), bias, rows, *factors)
+    y: Tensor = _Linear.apply(x, origin, weight, _rounded(x, weight, rows, tuple(factors)), bias, rows, *factors)
     return y
 
 
-def conv(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, blocks: list[Block]) -> Tensor:
-    """x * (W + ΔW) + b, (b, n_in, …) to (b, n_out, …), in the dtype of x, which bias shares."""
+def conv(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    geometry: Geometry,
+    blocks: list[Block],
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """x * (W + ΔW) + b, (b, n_in, …) to (b, n_out, …), in `dtype`; None is that of x."""
     rows, *factors = _flat(blocks)
+    dtype = dtype or x.dtype
+    x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
     rounded = _rounded(x, weight, rows, tuple(factors))
     y: Tensor = _Conv.apply(x, weight, rounded, bias, geometry, rows, *factors)
     return y
@@ -126,36 +142,43 @@ def _rounded(x: Tensor, weight: Tensor, rows: Rows, factors: tuple[Tensor, ...])
 
 
 class _Linear(torch.autograd.Function):
-    """Merged again in the backward, if not `rounded`: that is cheaper than to keep a copy of every weight until then."""
+    """Merged again in the backward if not `rounded`: cheaper than to keep a copy of every weight until then."""
 
     generate_vmap_rule = True
 
     @staticmethod
     def forward(
-        x: Tensor, weight: Tensor, rounded: Tensor | None, bias: Tensor | None, rows: Rows, *factors: Tensor
+        x: Tensor,
+        origin: Any,
+        weight: Tensor,
+        rounded: Tensor | None,
+        bias: Tensor | None,
+        rows: Rows,
+        *factors: Tensor,
     ) -> Tensor:
         return F.linear(x, _merge(weight, rows, factors, x.dtype) if rounded is None else rounded, bias)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, weight, rounded, _, ctx.rows, *factors = inputs
-        ctx.save_for_backward(x, weight, rounded, *factors)
+        x, ctx.origin, weight, rounded, _, ctx.rows, *factors = inputs
+        ctx.save_for_backward(None if ctx.origin else x, weight, rounded, *factors)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, merged, *factors = ctx.saved_tensors
-        g = gradients[0]
-        g2, x2 = g.flatten(0, -2), x.flatten(0, -2)
+        g = gradients[0].flatten(0, -2)
+        inputs = kept.opened(ctx.origin, g.dtype) if x is None else kept.Tokens(x.flatten(0, -2))
         found: list[Tensor] = []
         for (start, stop, scale), up, down in zip(ctx.rows, factors[::2], factors[1::2], strict=True):
-            rows = g2[:, start:stop]
-            dU, dD = rows.mT @ (x2 @ down.to(x.dtype).mT), (rows @ up.to(x.dtype)).mT @ x2
+            rows = g[:, start:stop]
+            dU, dD = rows.mT @ inputs.times(down).to(g.dtype), inputs.gathered(rows @ up.to(g.dtype))
             found += [scale * dU.to(up.dtype), scale * dD.to(down.dtype)]
         dx = None
         if ctx.needs_input_grad[0]:
-            dx = (g2 @ (_merge(weight, ctx.rows, tuple(factors), x.dtype) if merged is None else merged)).view_as(x)
-        db = g2.sum(0) if ctx.needs_input_grad[3] else None
-        return dx, None, None, db, None, *found
+            dx = g @ (_merge(weight, ctx.rows, tuple(factors), g.dtype) if merged is None else merged)
+            dx = dx.view(*gradients[0].shape[:-1], -1)
+        db = g.sum(0) if ctx.needs_input_grad[4] else None
+        return dx, None, None, None, db, None, *found
 
 
 class _Conv(torch.autograd.Function):

@@ -158,9 +158,3 @@ def tiled(squares: Tensor, n_out: int, n_in: int) -> Tensor:
     if n_out >= n_in:
         return squares.flatten(0, 1)[:n_out]
     return squares.transpose(0, 1).flatten(1)[:, :n_in]
-
-
-def product(left: Tensor, right: Tensor) -> Tensor:
-    """left @ right in the dtype they have, where autocast would round both factors to half precision first."""
-    with torch.autocast(left.device.type, enabled=False):
-        return left @ right

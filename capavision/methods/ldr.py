@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from capavision.checks import whole
-from capavision.delta import Method, Site
-from capavision.structured import Matrix, Structured, blocks_for, circulant, product, tiled
+from capavision.delta import Method, Site, product
+from capavision.structured import Matrix, Structured, blocks_for, circulant, tiled
 
 
 @dataclass(frozen=True)

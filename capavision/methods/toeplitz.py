@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from capavision.checks import one_of
-from capavision.delta import Method, Site
-from capavision.structured import Matrix, Structured, product, toeplitz
+from capavision.delta import Method, Site, product
+from capavision.structured import Matrix, Structured, toeplitz
 
 
 def _length(kind: str, n_out: int, n_in: int) -> int:
