@@ -1,4 +1,4 @@
-"""A text run as the exporter sees it: an encoder of transformers, built offline where its weights are at hand."""
+"""The model of a text run: an encoder of transformers, from a folder, the hub or the demo package; safetensors only."""
 
 import contextlib
 import re

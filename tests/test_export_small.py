@@ -430,7 +430,7 @@ def test_bench_sets_every_graph_beside_the_base_and_pytorch(package, run, tmp_pa
     assert result["graphs"]["base"]["nodes"] == result["graphs"]["float32"]["nodes"]
     for row in result["rows"]:
         assert 0 < row["p50_ms"] <= row["p95_ms"]
-        assert row["images_per_second"] == pytest.approx(1000 * row["batch"] / row["p50_ms"])
+        assert row["per_second"] == pytest.approx(1000 * row["batch"] / row["p50_ms"])
         low, high = row["ratio"]["interval95"]
         assert low <= row["ratio"]["median"] <= high
     assert {"cpu", "cores", "onnxruntime", "torch"} <= result["machine"].keys()
