@@ -1,7 +1,7 @@
 """The training loop: epochs over images that stay on the device, a checkpoint after each."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,10 +15,10 @@ from tqdm import tqdm
 import capavision as cv
 from vtab import checkpoint, record
 from vtab.compiled import forward_of
-from vtab.config import Config
 from vtab.evaluate import autocast
 from vtab.prefix import FrozenPrefix
 from vtab.schedule import Schedule, make_optimizer
+from vtab.training import Training
 
 
 @dataclass
@@ -34,20 +34,40 @@ class Loop:
     images: Tensor
     labels: Tensor
     normalize: Callable[[Tensor], Tensor]
-    config: Config
+    config: Training
     clock: Callable[[str], AbstractContextManager[Any]] = nullcontext
 
     def __post_init__(self) -> None:
-        self.forward = forward_of(self.model, self.config)
-        self.prefix: Callable[[Tensor], AbstractContextManager[Any]] = nullcontext
-        if self.config.cache_frozen_prefix:
-            self.prefix = FrozenPrefix(
-                self.model, self.images, self.normalize, self.config.batch_size, self.config.precision
-            )
+        self.forward, self.prefix = self.passes()
         self.trained = cv.parameters(self.model)
         self.optimizer = make_optimizer(self.model, self.config, fused=self.images.device.type == "cuda")
         self.steps = self.config.steps(len(self.images))
         self.schedule = Schedule(self.optimizer, self.config, self.steps)
+
+    def passes(self) -> tuple[Callable[[Any], Tensor], Callable[[Any], AbstractContextManager[Any]]]:
+        """The model's forward pass, and what stands around it for a batch."""
+        config: Any = self.config
+        prefix: Callable[[Any], AbstractContextManager[Any]] = nullcontext
+        if config.cache_frozen_prefix:
+            prefix = FrozenPrefix(self.model, self.images, self.normalize, config.batch_size, config.precision)
+        return forward_of(self.model, config), prefix
+
+    def draw(self) -> Sequence[Any]:
+        """The batches of an epoch in a new order, each whatever `batch` understands."""
+        order = torch.randperm(len(self.images)).to(self.images.device)
+        return order.split(self.config.batch_size)[: self.steps]
+
+    def batch(self, chosen: Any) -> tuple[Any, Tensor]:
+        """The model's input and the labels."""
+        return self.normalize(self.images[chosen]), self.labels[chosen]
+
+    def loss(self, outputs: Tensor, labels: Tensor) -> Tensor:
+        """What is minimised: of a classifier the cross entropy."""
+        return F.cross_entropy(outputs, labels)
+
+    def right(self, outputs: Tensor, labels: Tensor) -> Tensor:
+        """How many of a batch are right."""
+        return (outputs.argmax(1) == labels).sum()
 
     def fit(
         self, folder: Path, watch: Callable[[int], dict[str, float]] = lambda epoch: {}, until: int | None = None
@@ -87,8 +107,7 @@ class Loop:
         """One pass over the training images; the losses stay on the device, so that a GPU is never waited for."""
         # Seeded by epoch, so that a resumed run draws what an uninterrupted one would have drawn.
         torch.manual_seed(self.config.seed * 1_000_003 + epoch)
-        device, size = self.images.device, self.config.batch_size
-        batches = torch.randperm(len(self.images)).to(device).split(size)[: self.steps]
+        device, batches = self.images.device, self.draw()
         losses, correct = torch.zeros(self.steps, device=device), torch.zeros((), device=device)
         start, seen = time.perf_counter(), 0
         self.model.train()
@@ -111,13 +130,13 @@ class Loop:
             "bad_step": self._bad_step(losses),
         }
 
-    def step(self, chosen: Tensor) -> tuple[Tensor, Tensor]:
-        """One update by the images `chosen`; their mean loss, and how many were right."""
+    def step(self, chosen: Any) -> tuple[Tensor, Tensor]:
+        """One update by the batch `chosen`; its mean loss, and how many were right."""
         with self.clock("data"):
-            x, y = self.normalize(self.images[chosen]), self.labels[chosen]
+            x, y = self.batch(chosen)
         with self.clock("forward"), autocast(self.images.device, self.config.precision), self.prefix(chosen):
-            logits = self.forward(x)
-            loss = F.cross_entropy(logits, y)
+            outputs = self.forward(x)
+            loss = self.loss(outputs, y)
         with self.clock("backward"):
             self.optimizer.zero_grad(set_to_none=True)
             loss.backward()
@@ -125,7 +144,7 @@ class Loop:
             if self.config.clip:
                 nn.utils.clip_grad_norm_(self.trained, self.config.clip)
             self.optimizer.step()
-        return loss.detach(), (logits.detach().argmax(1) == y).sum()
+        return loss.detach(), self.right(outputs.detach(), y)
 
     def _bad_step(self, losses: Tensor) -> int | None:
         finite = losses.isfinite()

@@ -258,7 +258,7 @@ _ROWS = (
 RECIPES = {recipe.name: recipe for recipe in _ROWS}
 
 
-def find(name: str) -> Recipe:
+def find(name: str, among: Mapping[str, Recipe] = RECIPES) -> Recipe:
     """The recipe called `name`.
 
     Raises:
@@ -267,9 +267,9 @@ def find(name: str) -> Recipe:
     >>> find("fact-tk").values("svhn", {})[1]
     {'rank': 32, 'alpha': 3200.0}
     """
-    if name not in RECIPES:
-        raise ValueError(f"unknown recipe {name!r}; {near(name, RECIPES)} python -m vtab.recipes lists all")
-    return RECIPES[name]
+    if name not in among:
+        raise ValueError(f"unknown recipe {name!r}; {near(name, among)} The help of --recipe says what lists all")
+    return among[name]
 
 
 def table() -> str:

@@ -22,10 +22,10 @@ from filelock import FileLock, Timeout
 import capavision as cv
 from capavision.files import replacing
 from vtab import labels, plots, protocol, recipes
-from vtab.config import Config, young_fields
 from vtab.evaluate import accuracy
 from vtab.setup import Setup
 from vtab.textfile import read_json, write
+from vtab.training import Training
 
 SHOWN = 16  # test images in predictions.png
 BEGUN = ("checkpoint.safetensors", "adapter.safetensors", "result.json", "tuning.json")  # with config.json: a run's
@@ -36,7 +36,7 @@ def write_metrics(folder: Path, history: list[dict[str, Any]]) -> None:
     write(folder / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in history))
 
 
-def check(folder: Path, config: Config) -> None:
+def check(folder: Path, config: Training) -> None:
     """Is the folder free, or the same run's? A folder whose run finished no epoch counts as free.
 
     Raises:
@@ -47,7 +47,7 @@ def check(folder: Path, config: Config) -> None:
         found = read_json(written)
         if not isinstance(found, dict):
             raise ValueError(f"{written} holds no settings; give this run another --name")
-        found = young_fields() | found
+        found = config.young() | found
         shaping = (settings.keys() | found.keys()) - {"out", "cache"}
         changed = sorted(k for k in shaping if settings.get(k) != found.get(k))
         if changed:
@@ -58,7 +58,7 @@ def check(folder: Path, config: Config) -> None:
         raise ValueError(f"{folder} exists and is no run of ours; give another --name or --out")
 
 
-def claim(folder: Path, config: Config) -> None:
+def claim(folder: Path, config: Training) -> None:
     """Write the settings, and clear what a process left that was killed while writing; only under the run's lock."""
     for leftover in folder.glob(".*.part*"):
         leftover.unlink(missing_ok=True)

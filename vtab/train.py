@@ -13,7 +13,7 @@ import torch
 
 import capavision as cv
 from vtab import cli, protocol, record, seeds, tune
-from vtab.config import Config
+from vtab.config import TRAIN, Config
 from vtab.loop import Loop
 from vtab.setup import Setup, prepare
 from vtab.textfile import read_json
@@ -22,7 +22,7 @@ from vtab.textfile import read_json
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Train as the command line says, or go on where the same command stopped; returns result.json, or with --seeds
     the mean and spread of several."""
-    configs = seeds.commands(argv)
+    configs = seeds.commands(TRAIN, argv)
     return run(configs[0]) if len(configs) == 1 else seeds.run_all(configs, run)
 
 
