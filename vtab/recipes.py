@@ -272,13 +272,14 @@ def find(name: str, among: Mapping[str, Recipe] = RECIPES) -> Recipe:
     return among[name]
 
 
-def table() -> str:
-    """All recipes as Markdown: what each sets, what its authors searched and reported, and what we do otherwise."""
+def table(recipes: Mapping[str, Recipe] = RECIPES) -> str:
+    """The recipes as Markdown: what each sets, what its authors searched and reported, and what we do otherwise."""
     rows = ["| recipe | method | sets | searched | reported | differs here | source |", "|---|---|---|---|---|---|---|"]
-    for recipe in RECIPES.values():
-        run = recipe.run if recipe.name == "common" else {k: v for k, v in recipe.run.items() if COMMON.get(k) != v}
+    common = recipes["common"].run if "common" in recipes else {}
+    for recipe in recipes.values():
+        run = recipe.run if recipe.name == "common" else {k: v for k, v in recipe.run.items() if common.get(k) != v}
         sets = [f"{key} {_text(value)}" for key, value in {**run, **recipe.of_method}.items()]
-        sets = (["as common"] if recipe.name != "common" else []) + sets
+        sets = (["as common"] if common and recipe.name != "common" else []) + sets
         sets += [f"{name} by task" for name in recipe.by_task]
         cells = (recipe.name, recipe.method or "any", ", ".join(sets), recipe.searched, recipe.reported)
         rows.append(f"| {' | '.join(cells)} | {'; '.join(recipe.differs)} | {recipe.source} |")

@@ -11,7 +11,7 @@ import json
 import platform
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +86,24 @@ def alone(folder: Path) -> Iterator[None]:
         lock.release()
 
 
+def once(config: Training, work: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
+    """result.json of a run: what `work` makes in its folder, which is this process's meanwhile, or what an earlier call
+    made there.
+
+    Raises:
+        ValueError: the folder holds something else, or another process has it.
+    """
+    folder = config.folder()
+    check(folder, config)
+    with alone(folder):
+        claim(folder, config)
+        if (folder / "result.json").is_file():
+            print(f"{folder} is finished already; --name another, or delete it to train again")
+            done: dict[str, Any] = read_json(folder / "result.json")
+            return done
+        return work(folder)
+
+
 def forget(folder: Path) -> None:
     """Remove the folder of a run that finished no epoch: a refused command leaves nothing behind."""
     ours = {"config.json", ".lock"}
@@ -120,23 +138,14 @@ def conclude(
         "interval95": score.interval,
         "images": score.total,
         "images_in_full_split": len(data.splits[setup.judge]),
-        "method": labels.method(config),
-        "recipe": config.recipe,
         "recipe_differs": recipes.find(config.recipe).unlike(data.task) if config.recipe else [],
         "tuning": tuning,
-        "seed": config.seed,
-        "trained_parameters": setup.report.trained,
-        "stored_parameters": setup.report.stored,
-        "head_parameters": setup.report.head,
-        "base_parameters": setup.report.total,
-        "seconds_training": sum(row["seconds"] for row in history),
-        "seconds_evaluation": seconds,
+        **costs(config, setup.report, history, seconds),
         "selection": protocol.selection(config, history, tuning),
         "data": {"source": data.source, "splits": {k: len(s) for k, s in data.splits.items()}, **data.facts},
         "normalization": config.norm,
         "preprocessing": setup.preprocessing.record(),
         "base": setup.checkpoint,
-        "config": config.record(),
         "environment": environment(setup.device),
     }
     write(folder / "result.json", json.dumps(result, indent=1))
@@ -144,6 +153,29 @@ def conclude(
     said = f"{data.task} ({data.source}): {setup.judge} top-1 {score}, {setup.report.trained:,} trained values"
     print("\n".join(filter(None, (said, protocol.label(config), str(folder)))))
     return result
+
+
+def costs(config: Training, report: cv.Report, history: list[dict[str, Any]], seconds: float) -> dict[str, Any]:
+    """Of a result: the settings, and what they cost.
+
+    Args:
+        config: the settings.
+        report: of the injection.
+        history: a record an epoch.
+        seconds: of the last look.
+    """
+    return {
+        "method": labels.method(config),
+        "recipe": config.recipe,
+        "seed": config.seed,
+        "trained_parameters": report.trained,
+        "stored_parameters": report.stored,
+        "head_parameters": report.head,
+        "base_parameters": report.total,
+        "seconds_training": sum(row["seconds"] for row in history),
+        "seconds_evaluation": seconds,
+        "config": config.record(),
+    }
 
 
 def pictures(setup: Setup, folder: Path, history: list[dict[str, Any]], probabilities: np.ndarray) -> None:
