@@ -109,7 +109,9 @@ def quiet(model: str) -> Iterator[None]:
     except OSError as error:
         raise ValueError(_absent(model, str(error))) from error
     except SafetensorError as error:
-        raise ValueError(f"the weights of {model} are damaged ({first_line(error)}); fetch or save them again") from error
+        raise ValueError(
+            f"the weights of {model} are damaged ({first_line(error)}); fetch or save them again"
+        ) from error
     finally:
         logging.set_verbosity(verbosity)
         if bars:

@@ -17,8 +17,9 @@ from export.graph import answer, traced
 from export.names import rename
 from export.runtime import Classifier, relative_error
 from export.source import Source
-from export.text import build, checked
+from export.text import build, checked, quiet
 
+TOKENIZER_CONFIG = "tokenizer_config.json"  # what transformers knows of a tokenizer beside tokenizer.json
 SEED, BATCH = 0, 5  # of the rows whose answers padding must not change
 
 
@@ -163,9 +164,9 @@ def _inputs(text: dict[str, Any], model: nn.Module, folder: Path) -> dict[str, A
         "vocabulary": model.get_input_embeddings().num_embeddings,  # type: ignore[operator]
         "pad": config.pad_token_id or 0,
     }
-    sample = tokens.Tokens(folder, about).sample(SEED, 1)
+    made = tokens.Tokens(folder, about)
     read = tokens.TYPES in inspect.signature(model.forward).parameters and getattr(config, "type_vocab_size", 2) > 1
-    if not (read and sample[tokens.TYPES].any()):
+    if not (read and _told(made, folder) and made.sample(SEED, 1)[tokens.TYPES].any()):
         about["names"] = [tokens.IDS, tokens.MASK]
     longest = tokens.Tokens(folder, about).sample(SEED, 2)  # its second row has max_length tokens
     try:
@@ -177,3 +178,28 @@ def _inputs(text: dict[str, Any], model: nn.Module, folder: Path) -> dict[str, A
             "with the max_length of its training"
         ) from error
     return about
+
+
+def _told(made: tokens.Tokens, folder: Path) -> bool:
+    """Whether transformers tells the model which tokens are of a pair's second text, by the run's own tokenizer.
+
+    Raises:
+        ValueError: that one, as in training, makes other tokens than `tokenizers` does with tokenizer.json alone.
+    """
+    if not (folder / TOKENIZER_CONFIG).is_file():
+        return True
+    from transformers import AutoTokenizer
+
+    with quiet(str(folder)):
+        theirs = AutoTokenizer.from_pretrained(folder)
+    texts = [*tokens.SENTENCES, " ".join(tokens.SENTENCES * 20)]
+    pairs = [texts, texts[1:] + texts[:1]] if made.pair else [texts]
+    expected = theirs(*pairs, truncation=True, max_length=made.length)
+    for text, ids in zip(zip(*pairs, strict=True), expected[tokens.IDS], strict=True):
+        found = made.prepare([text if made.pair else text[0]])[tokens.IDS][0]
+        if found.tolist() != ids:
+            raise ValueError(
+                f"{folder}: tokenizer.json alone makes other tokens than transformers did in training, of "
+                f"{made.shown(text)!r}; save the run's tokenizer again, a fast one that cuts texts at their end"
+            )
+    return tokens.TYPES in expected
