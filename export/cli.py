@@ -123,7 +123,7 @@ def guard_imports() -> None:
     if sys.argv[:1] != ["-m"]:  # as it is while Python looks for the module
         return
     if standins.serve(sys.argv[1:]):
-        return standins.install(name for names in EXTRAS.values() for name in names)
+        return standins.install([*(name for names in EXTRAS.values() for name in names), "google"])  # of protobuf
 
     def told(kind: type[BaseException], error: BaseException, trace: types.TracebackType | None) -> None:
         if isinstance(error, ModuleNotFoundError) and (said := _told(error)):

@@ -36,7 +36,7 @@ ASKED = [(command, "--help") for command in COMMANDS] + [
 def barred(tmp_path_factory):
     """An environment in which none of the packages can be imported."""
     folder = tmp_path_factory.mktemp("barred")
-    for name in (name for names in cli.EXTRAS.values() for name in names):
+    for name in ["google", *(name for names in cli.EXTRAS.values() for name in names)]:
         (folder / f"{name}.py").write_text(f"raise ModuleNotFoundError('barred', name={name!r})\n")
     paths = [str(folder), *filter(None, [os.environ.get("PYTHONPATH")])]
     return os.environ | {"PYTHONPATH": os.pathsep.join(paths), "COLUMNS": "80"}
