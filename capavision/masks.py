@@ -11,7 +11,7 @@ in which modules are made nor on a library's version, and 2:4 groups lie along t
 
 import hashlib
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -36,25 +36,39 @@ def uniform(key: str, *shape: int) -> Tensor:
     return ((2 * unit - 1) * bound).view(shape)
 
 
+def smallest(words: np.ndarray, counts: Sequence[int]) -> np.ndarray:
+    """Where the `count` smallest 64-bit words are, a row for each count; of equal words the first ones are smaller.
+
+    The top 16 bits, which numpy sorts by radix, decide for all but the few words that share those of the last one.
+
+    >>> smallest(np.array([3, 1, 2, 1], dtype=np.uint64), [1, 3]).astype(int)
+    array([[0, 1, 0, 0],
+           [0, 1, 1, 1]])
+    """
+    tops = (words >> np.uint64(48)).astype(np.uint16)
+    lasts = np.sort(tops, kind="stable")[np.subtract(counts, 1)]
+    found: np.ndarray = tops < lasts[:, None]
+    for row, count, last in zip(found, counts, lasts, strict=True):
+        (alike,) = np.nonzero(tops == last)
+        row[alike[np.argsort(words[alike], kind="stable")[: count - np.count_nonzero(row)]]] = True
+    return found
+
+
 def random(shape: tuple[int, int], branches: int, density: float, draw: Draw) -> np.ndarray:
     """Each branch keeps exactly round(density · size) entries, drawn without replacement (the paper's masks)."""
     size = shape[0] * shape[1]
     keep = round(density * size)
     if keep == 0:
         raise ValueError(f"density={density} keeps none of the {size} entries of a {shape} factor; raise density")
-    masks = np.zeros((branches, size), dtype=bool)
-    for branch in range(branches):
-        masks[branch, np.argsort(draw(branch, size), kind="stable")[:keep]] = True
-    return masks.reshape(branches, *shape)
+    return np.stack([smallest(draw(branch, size), [keep])[0] for branch in range(branches)]).reshape(branches, *shape)
 
 
 def complementary(shape: tuple[int, int], branches: int, density: float, draw: Draw) -> np.ndarray:
     """The branches share the entries out among themselves: a partition, so no entry is dead and none is used twice."""
     size = shape[0] * shape[1]
-    masks = np.zeros((branches, size), dtype=bool)
-    for branch, entries in enumerate(np.array_split(np.argsort(draw(0, size), kind="stable"), branches)):
-        masks[branch, entries] = True
-    return masks.reshape(branches, *shape)
+    each, more = divmod(size, branches)
+    ends = [branch * each + min(branch, more) for branch in range(1, branches + 1)]
+    return np.diff(smallest(draw(0, size), ends), axis=0, prepend=False).reshape(branches, *shape)
 
 
 _TWO_OF_FOUR = np.array([[c == "1" for c in p] for p in ("1100", "1010", "1001", "0110", "0101", "0011")])
