@@ -31,9 +31,8 @@ def stream(key: str, count: int) -> np.ndarray:
 
 def uniform(key: str, *shape: int) -> Tensor:
     """U(-1/√n, 1/√n) over the last axis of length n, float64, from `key` alone: nn.Linear's own start."""
-    unit = torch.from_numpy((stream(key, math.prod(shape)) >> np.uint64(11)).astype(np.float64) * 2.0**-53)
-    bound: float = shape[-1] ** -0.5
-    return ((2 * unit - 1) * bound).view(shape)
+    whole_numbers = (stream(key, math.prod(shape)) >> np.uint64(11)).astype(np.float64)  # below 2^53
+    return torch.from_numpy(whole_numbers).mul_(2.0**-52).sub_(1).mul_(shape[-1] ** -0.5).view(shape)
 
 
 def smallest(words: np.ndarray, counts: Sequence[int]) -> np.ndarray:
