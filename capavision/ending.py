@@ -72,8 +72,9 @@ def take_out(model: nn.Module) -> None:
 def _release(model: nn.Module, keep: type | None = None) -> None:
     if plans := injections(model):
         newer = tuple(f"{name}." for name in whole_head(model, {*plans[0].hosts, *plans[0].head}))
+        before = set(plans[0].frozen)
         for name, p in model.named_parameters():
-            p.requires_grad_(name in plans[0].frozen or name.startswith(newer))
+            p.requires_grad_(name in before or name.startswith(newer))
         delattr(model, RECORD)
     for module in list(model.modules()):
         if keep is None or not isinstance(getattr(module, hosting.SLOT, None), keep):

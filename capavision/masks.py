@@ -9,6 +9,7 @@ Differs from the authors' code: masks come from a keyed counter-based generator,
 in which modules are made nor on a library's version, and 2:4 groups lie along the axis that sparse kernels reduce.
 """
 
+import functools
 import hashlib
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -89,6 +90,31 @@ def two_of_four(shape: tuple[int, int], branches: int, density: float, draw: Dra
 
 
 KINDS = {"random": random, "complementary": complementary, "2:4": two_of_four}
+
+
+SMALL = 2**17  # entries of all branches: 16 KiB as bits, so that what is remembered stays below 32 MiB
+
+
+def drawn(kind: str, shape: tuple[int, int], branches: int, density: float, key: str) -> np.ndarray:
+    """One factor's masks, (branches, *shape), from their key; small ones from memory where they were drawn before.
+
+    Who changes adapters in turn asks for the same masks again: those of a LoRA on q and v of a ViT-B take 74 KB.
+    """
+    size = branches * math.prod(shape)
+    if size > SMALL:
+        return _draw(kind, shape, branches, density, key)
+    bits = np.unpackbits(packed(kind, shape, branches, density, key), count=size)
+    return bits.view(bool).reshape(branches, *shape)
+
+
+@functools.lru_cache(maxsize=2048)
+def packed(kind: str, shape: tuple[int, int], branches: int, density: float, key: str) -> np.ndarray:
+    """The bits of one factor's masks; `packed.cache_clear()` forgets those of all."""
+    return np.packbits(_draw(kind, shape, branches, density, key))
+
+
+def _draw(kind: str, shape: tuple[int, int], branches: int, density: float, key: str) -> np.ndarray:
+    return KINDS[kind](shape, branches, density, lambda branch, count: stream(f"{key}/{branch}", count))
 
 
 class Factor(nn.Module):
@@ -208,8 +234,5 @@ class Sharing:
             return learned(value, self.branches, self.density, key, dim)
         masks = None
         if self.density != 1:
-            shape = (value.shape[0], value.shape[1])
-            masks = KINDS[self.masks](
-                shape, self.branches, self.density, lambda branch, count: stream(f"{key}/{branch}", count)
-            )
+            masks = drawn(self.masks, (value.shape[0], value.shape[1]), self.branches, self.density, key)
         return Factor(value, masks, dim)
