@@ -36,6 +36,7 @@ from capavision import kept
 Rows = tuple[tuple[int, int, float], ...]  # start, stop, scale
 Sizes = tuple[int, ...]
 
+MKL = torch.backends.mkl.is_available()  # type: ignore[no-untyped-call]
 IN_CACHE = 2**18  # values of g and x that a contraction takes at a time, so that it finds its own again: 1 MB
 
 
@@ -101,8 +102,7 @@ def linear_pays(x: Tensor, weight: Tensor) -> bool:
 
 def contractions_pay(x: Tensor, weight: Tensor, contractions: list[Contraction]) -> bool:
     """Whether they cost less than gᵀx; only where their costs were measured, which is on a CPU and with MKL."""
-    measured = x.device.type == "cpu" and torch.backends.mkl.is_available()  # type: ignore[no-untyped-call]
-    return measured and sum(contraction.cost for contraction in contractions) < weight.numel()
+    return x.device.type == "cpu" and MKL and sum(each.cost for each in contractions) < weight.numel()
 
 
 def conv_pays(weight: Tensor, blocks: list[Block]) -> bool:

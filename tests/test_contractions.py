@@ -111,7 +111,7 @@ def test_in_single_precision_they_round_like_the_dense_gradient(method, n_out, n
 @pytest.fixture
 def calls(monkeypatch):
     """The hosts that contracted, on whatever machine."""
-    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
+    monkeypatch.setattr(merged, "MKL", True)
     seen, original = [], merged.contracted
     monkeypatch.setattr(merged, "contracted", lambda *args: seen.append(args[1].shape) or original(*args))
     return seen
@@ -202,7 +202,7 @@ def test_what_is_not_measured_keeps_the_dense_gradient(calls, monkeypatch):
     ways, weight = host[0].delta.contractions(), host[0]._parameters["weight"]
     assert merged.contractions_pay(torch.empty(3, 256), weight, ways)
     assert not merged.contractions_pay(torch.empty(3, 256, device="meta"), weight, ways)
-    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: False)
+    monkeypatch.setattr(merged, "MKL", False)
     assert not merged.contractions_pay(torch.empty(3, 256), weight, ways)
     host(torch.randn(3, 256)).sum().backward()
     assert not calls
@@ -253,9 +253,11 @@ def test_any_number_of_tokens(method, shape, calls, always):
 
 
 @each_method
-def test_compile_traces_the_contracted_step_whole(method, calls, always):
-    model, x = adapted(method, "qkv", parts="qv"), pictures()
-    expected = step(model, x)
+def test_compile_traces_the_contracted_step_whole_with_the_choice(method, calls):
+    model, x = nn.Sequential(nn.Linear(640, 640)).double(), torch.randn(7, 640, dtype=torch.float64)
+    cv.inject(model, method, "0")
+    expected = step(awaken(model), x)
+    assert calls
     found = step(torch.compile(twin(model), backend="aot_eager", fullgraph=True), x)
     assert_close(found, {f"_orig_mod.{name}": gradient for name, gradient in expected.items()})
 
