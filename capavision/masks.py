@@ -95,7 +95,7 @@ KINDS = {"random": random, "complementary": complementary, "2:4": two_of_four}
 SMALL = 2**17  # entries of all branches: 16 KiB as bits, so that what is remembered stays below 32 MiB
 
 
-def drawn(kind: str, shape: tuple[int, int], branches: int, density: float, key: str) -> np.ndarray:
+def draw_masks(kind: str, shape: tuple[int, int], branches: int, density: float, key: str) -> np.ndarray:
     """One factor's masks, (branches, *shape), from their key; small ones from memory where they were drawn before.
 
     Who changes adapters in turn asks for the same masks again: those of a LoRA on q and v of a ViT-B take 74 KB.
@@ -234,5 +234,5 @@ class Sharing:
             return learned(value, self.branches, self.density, key, dim)
         masks = None
         if self.density != 1:
-            masks = drawn(self.masks, (value.shape[0], value.shape[1]), self.branches, self.density, key)
+            masks = draw_masks(self.masks, (value.shape[0], value.shape[1]), self.branches, self.density, key)
         return Factor(value, masks, dim)
