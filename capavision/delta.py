@@ -63,6 +63,8 @@ class Delta(nn.Module):
 
 def product(left: Tensor, right: Tensor) -> Tensor:
     """left @ right in the dtype they have, where autocast would round both factors to half precision first."""
+    if not isinstance(left, Tensor):  # torch.fx's stand-in, whose graph holds no context
+        return left @ right
     with torch.autocast(left.device.type, enabled=False):
         return left @ right
 
