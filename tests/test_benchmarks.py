@@ -256,6 +256,8 @@ REFUSED = {
     "vtab_suite --tasks kiti": "--tasks: 'kiti' is unknown; did you mean 'kitti'",
     "vtab_suite --share 0": "--share 0.0 must lie in (0, 1]",
     "vtab_suite --epochs 0": "--epochs 0 must be at least 1",
+    "text --arms lora-r3": "--arms: 'lora-r3' is unknown; did you mean",
+    "text --test 0": "--test 0 must be at least 1",
     "coverage --families resnets": "--families: 'resnets' is unknown; did you mean",
     "architectures --limit many": "argument --limit: invalid int value: 'many'; see",
 }
