@@ -23,7 +23,7 @@ import capavision as cv
 from benchmarks.tables import check_counts, check_names, table
 from export.bench import interleaved
 from vtab import cli, setup
-from vtab.evaluate import autocast
+from vtab.evaluate import PRECISIONS, autocast
 from vtab.prefix import FrozenPrefix
 from vtab.record import environment
 
@@ -108,6 +108,7 @@ class Trainee:
     model: nn.Module
     x: torch.Tensor
     y: torch.Tensor
+    precision: str = "auto"
     prefix: Callable[[torch.Tensor], AbstractContextManager[Any]] = nullcontext
 
     def __post_init__(self) -> None:
@@ -118,7 +119,8 @@ class Trainee:
 
     def loss(self) -> torch.Tensor:
         """Of the batch."""
-        with autocast(self.x.device), self.prefix(torch.arange(len(self.x), device=self.x.device)):
+        chosen = torch.arange(len(self.x), device=self.x.device)
+        with autocast(self.x.device, self.precision), self.prefix(chosen):
             return F.cross_entropy(self.forward(self.x), self.y)
 
     def step(self) -> None:
@@ -137,18 +139,26 @@ class Trainee:
             self.step()
             return (torch.cuda.max_memory_allocated(self.x.device) - before) / 1e6
         own = {t.untyped_storage().data_ptr() for t in (*self.model.parameters(), *self.model.buffers())}
-        kept: dict[int, int] = {}
+        loss = self.loss()
+        kept = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in saved(loss)}
+        return sum(size for address, size in kept.items() if address not in own) / 1e6
 
-        def pack(tensor: torch.Tensor) -> torch.Tensor:
-            storage = tensor.untyped_storage()
-            kept[storage.data_ptr()] = storage.nbytes()
-            return tensor
 
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            loss = self.loss()  # alive until the count, so that no address is used twice
-        found = sum(size for address, size in kept.items() if address not in own) / 1e6
-        del loss
-        return found
+def saved(loss: torch.Tensor) -> list[torch.Tensor]:
+    """All tensors that the graph behind `loss` keeps; hooks on saved tensors would change what is kept."""
+    waiting, seen, found = [loss.grad_fn], set[Any](), list[torch.Tensor]()
+    while waiting:
+        node: Any = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        waiting += [before for before, _ in node.next_functions]
+        each = [getattr(node, name) for name in dir(node) if name.startswith("_saved_")]
+        for value in (*each, getattr(node, "saved_tensors", ())):
+            found += [
+                t for t in (value if isinstance(value, (list, tuple)) else [value]) if isinstance(t, torch.Tensor)
+            ]
+    return found
 
 
 def trainee(case: str, options: argparse.Namespace) -> Trainee:
@@ -161,9 +171,9 @@ def trainee(case: str, options: argparse.Namespace) -> Trainee:
             module.eval()
     size = options.img_size or model.get_submodule("").pretrained_cfg["input_size"][-1]  # type: ignore[union-attr]
     x = torch.randn(options.batch, 3, size, size, device=options.device)
-    found = Trainee(model, x, torch.arange(options.batch, device=options.device) % 100)
+    found = Trainee(model, x, torch.arange(options.batch, device=options.device) % 100, options.precision)
     if "cached" in case:
-        found.prefix = FrozenPrefix(model, x, lambda x: x, options.batch)
+        found.prefix = FrozenPrefix(model, x, lambda x: x, options.batch, options.precision)
     if options.compile:
         found.forward = torch.compile(model)
     return found
@@ -178,6 +188,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--cases", default="vit", help=f"one of the sets {', '.join(SETS)}, or names with semicolons")
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--threads", type=int, default=1, help="of a CPU")
+    parser.add_argument("--precision", choices=PRECISIONS, default="auto", help="of products, as of vtab.train")
     parser.add_argument("--compile", action="store_true", help="torch.compile every case")
     parser.add_argument("--device", default=None)
     options = check_counts(parser.parse_args(argv), "batch", "rounds", "threads")
@@ -203,10 +214,11 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     print(table(("case", "trained", "step, ms", "of the floor (quartiles)", "memory, of the floor's"), rows))
     env = environment(device)
     shape = "" if options.img_size is None else f" at {options.img_size}"
+    how = f"precision {options.precision}{', compiled' if options.compile else ''}"
     print(
-        f"{options.model}{shape}, batch {options.batch}, {options.rounds} rounds"
-        f"{', compiled' if options.compile else ''}; {env['device']}, {torch.get_num_threads()} threads, "
-        f"torch {env['torch']}, timm {env['timm']}, peft {_version('peft')}, commit {env['commit']}"
+        f"{options.model}{shape}, batch {options.batch}, {options.rounds} rounds, {how}; "
+        f"{env['device']}, {torch.get_num_threads()} threads, torch {env['torch']}, timm {env['timm']}, "
+        f"peft {_version('peft')}, commit {env['commit']}"
     )
     return ratios
 

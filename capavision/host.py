@@ -62,11 +62,14 @@ def _adapted_weight(host: Any) -> Tensor:
 
 def _linear_forward(host: Any, x: Tensor) -> Tensor:
     base: Tensor = host._parameters["weight"]
+    dtype = _merged_dtype(host, x)
     if not host.delta.factored and base.dtype == delta_dtype(base):
+        ways = host.delta.contractions() if dtype == base.dtype and torch.is_grad_enabled() else None
+        if ways is not None and merged.contractions_pay(x, base, ways):
+            return merged.contracted(x, host.weight, host.bias, ways)
         return F.linear(x, host.weight, host.bias)
-    if _plain(host, x) and merged.linear_pays(x, base) and (blocks := host.delta.blocks()) is not None:
-        return merged.linear(x, base, host.bias, blocks)
-    # Beside a half-precision W, a small ΔW would be lost in the sum of the two: it acts on its own.
+    if dtype and merged.linear_pays(x, base) and (blocks := host.delta.blocks()) is not None:
+        return merged.linear(x, base, host.bias, blocks, dtype)
     added: Tensor = host.delta(x)
     return F.linear(x, _base_weight(host, x), host.bias) + added
 
@@ -74,23 +77,29 @@ def _linear_forward(host: Any, x: Tensor) -> Tensor:
 def _conv_forward(host: Any, x: Tensor) -> Tensor:
     base: Tensor = host._parameters["weight"]
     simple = host.groups == 1 and host.padding_mode == "zeros" and not isinstance(host.padding, str)
-    if simple and torch.is_grad_enabled() and _plain(host, x) and x.dim() == base.dim():
+    if simple and torch.is_grad_enabled() and (dtype := _merged_dtype(host, x)) and x.dim() == base.dim():
         blocks = host.delta.blocks()
         if blocks is not None and merged.conv_pays(base, blocks):
             geometry = merged.Geometry(host.stride, host.padding, host.dilation)
-            return merged.conv(x, base, host.bias, geometry, blocks)
+            return merged.conv(x, base, host.bias, geometry, blocks, dtype)
     y: Tensor = type(host)._base.forward(host, x)
     return y
 
 
-def _plain(host: Any, x: Any) -> bool:
-    """In single or double precision, on a whole frozen weight; what is traced for others to run stays factored."""
-    traced = torch.jit.is_tracing() or torch.compiler.is_exporting()  # type: ignore[attr-defined,no-untyped-call]
-    if isinstance(x, Proxy) or traced:
-        return False
-    base = host._parameters["weight"]
-    same = x.dtype == base.dtype == delta_dtype(base) and not torch.is_autocast_enabled(x.device.type)
-    return same and not base.requires_grad and not is_sharded(base)
+def _merged_dtype(host: Any, x: Any) -> torch.dtype | None:
+    """What the product with W + ΔW runs in: the weight's dtype, or autocast's; None where ΔW acts on its own.
+
+    That is beside a W in half precision, which would swallow a small ΔW; beside a trained or sharded W; and in what is
+    traced for others to run.
+    """
+    if isinstance(x, Proxy) or torch.jit.is_tracing() or torch.compiler.is_exporting():  # type: ignore[attr-defined,no-untyped-call]
+        return None
+    base: Tensor = host._parameters["weight"]
+    if base.dtype != delta_dtype(base) or base.requires_grad or is_sharded(base):
+        return None
+    lower = torch.is_autocast_enabled(x.device.type) and base.dtype is torch.float32
+    dtype = torch.get_autocast_dtype(x.device.type) if lower else base.dtype
+    return dtype if x.dtype in (dtype, base.dtype) else None
 
 
 def _replicate(host: Any) -> Any:

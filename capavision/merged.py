@@ -16,16 +16,28 @@ A conv's other way is the dense gradient of M, of which dU and dD follow. At eac
     factored    2 r (K + n_out)       dense       n_out K
 
 Here h is the conv of x with D's r kernels, and dD the weight gradient of that thin conv.
+
+A ΔW of full rank is merged as well. Where it is made of few values, their gradients can follow from g and x by a
+`Contraction` that costs less than gᵀx, for example a correlation by FFT for a circulant matrix.
+
+Under autocast M is summed in float32 and rounded once; the thin products run on rounded factors, as they would anyway.
+Rounding W + ΔW costs no accuracy: `python -m benchmarks.half`.
 """
 
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from capavision import kept
+
 Rows = tuple[tuple[int, int, float], ...]  # start, stop, scale
 Sizes = tuple[int, ...]
+
+MKL = torch.backends.mkl.is_available()  # type: ignore[no-untyped-call]
+IN_CACHE = 2**18  # values of g and x that a contraction takes at a time, so that it finds its own again: 1 MB
 
 
 class Block(NamedTuple):
@@ -36,6 +48,20 @@ class Block(NamedTuple):
     up: Tensor
     down: Tensor
     scale: float
+
+
+class Contraction(NamedTuple):
+    """How the gradients of the `tensors` that ΔW[start:stop] is made of follow from N tokens of g and x.
+
+    gradients: of (g[:, start:stop], x, *tensors), one for each of the tensors.
+    cost:      a token's, in the multiply-adds of a wide product that take as long.
+    """
+
+    start: int
+    stop: int
+    gradients: Callable[..., Iterable[Tensor]]
+    tensors: tuple[Tensor, ...]
+    cost: float
 
 
 class Geometry(NamedTuple):
@@ -74,24 +100,52 @@ def linear_pays(x: Tensor, weight: Tensor) -> bool:
     return x.numel() // n_in * (n_in + n_out) >= n_in * n_out
 
 
+def contractions_pay(x: Tensor, weight: Tensor, contractions: list[Contraction]) -> bool:
+    """Whether they cost less than gᵀx; only where their costs were measured, which is on a CPU and with MKL."""
+    return x.device.type == "cpu" and MKL and sum(each.cost for each in contractions) < weight.numel()
+
+
 def conv_pays(weight: Tensor, blocks: list[Block]) -> bool:
     """Whether factored gradients cost fewer multiply-adds than that of W + ΔW."""
     n_out, K = len(weight), weight[0].numel()
     return sum(2 * len(block.down) * (K + block.stop - block.start) for block in blocks) < n_out * K
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None, blocks: list[Block]) -> Tensor:
-    """x (W + ΔW)ᵀ + b, (…, n_in) to (…, n_out)."""
+def linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, blocks: list[Block], dtype: torch.dtype | None = None
+) -> Tensor:
+    """x (W + ΔW)ᵀ + b, (…, n_in) to (…, n_out), in `dtype`; None is that of x."""
     rows, *factors = _flat(blocks)
+    origin = kept.origin(x) if torch.is_grad_enabled() else None
+    dtype = dtype or x.dtype
+    x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
     if not torch.is_grad_enabled():
-        return F.linear(x, _merge(weight, rows, tuple(factors)), bias)
-    y: Tensor = _Linear.apply(x, weight, bias, rows, *factors)
+        return F.linear(x, _merge(weight, rows, tuple(factors), x.dtype), bias)
+    y: Tensor = _Linear.apply(x, origin, weight, _rounded(x, weight, rows, tuple(factors)), bias, rows, *factors)
     return y
 
 
-def conv(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, blocks: list[Block]) -> Tensor:
-    """x * (W + ΔW) + b, (b, n_in, …) to (b, n_out, …)."""
-    y: Tensor = _Conv.apply(x, weight, bias, geometry, *_flat(blocks))
+def conv(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    geometry: Geometry,
+    blocks: list[Block],
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """x * (W + ΔW) + b, (b, n_in, …) to (b, n_out, …), in `dtype`; None is that of x."""
+    rows, *factors = _flat(blocks)
+    dtype = dtype or x.dtype
+    x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
+    rounded = _rounded(x, weight, rows, tuple(factors))
+    y: Tensor = _Conv.apply(x, weight, rounded, bias, geometry, rows, *factors)
+    return y
+
+
+def contracted(x: Tensor, merged: Tensor, bias: Tensor | None, contractions: list[Contraction]) -> Tensor:
+    """x mergedᵀ + b, (…, n_in) to (…, n_out), for merged = W + ΔW of a frozen W."""
+    ways = tuple((c.start, c.stop, c.gradients, len(c.tensors)) for c in contractions)
+    y: Tensor = _Contracted.apply(x, merged, bias, ways, *(tensor for c in contractions for tensor in c.tensors))
     return y
 
 
@@ -100,41 +154,91 @@ def _flat(blocks: list[Block]) -> tuple[Any, ...]:
     return rows, *(factor for block in blocks for factor in (block.up, block.down))
 
 
-def _merge(weight: Tensor, rows: Rows, factors: tuple[Tensor, ...]) -> Tensor:
+def _merge(weight: Tensor, rows: Rows, factors: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor:
     """W + ΔW, in the shape and memory format of W; of a conv the very bits of the host's `weight`, and so of fold."""
-    if weight.dim() == 2 and len(rows) == 1 and rows[0][:2] == (0, len(weight)):
-        return torch.addmm(weight, factors[0], factors[1], alpha=rows[0][2])
-    merged = weight.clone()
-    for (start, stop, scale), up, down in zip(rows, factors[::2], factors[1::2], strict=True):
-        some = merged[start:stop]
-        some.add_((scale * (up @ down)).view(some.shape))
-    return merged
+    with torch.autocast(weight.device.type, enabled=False):
+        if weight.dim() == 2 and len(rows) == 1 and rows[0][:2] == (0, len(weight)):
+            return torch.addmm(weight, factors[0], factors[1], alpha=rows[0][2]).to(dtype)
+        merged = weight.clone()
+        for (start, stop, scale), up, down in zip(rows, factors[::2], factors[1::2], strict=True):
+            some = merged[start:stop]
+            some.add_((scale * (up @ down)).view(some.shape))
+        return merged.to(dtype)
+
+
+def _rounded(x: Tensor, weight: Tensor, rows: Rows, factors: tuple[Tensor, ...]) -> Tensor | None:
+    """W + ΔW in the lower precision of x, for forward and backward: a frozen layer under autocast keeps as much.
+
+    Its own graph serves second derivatives; in the first ones the gradient that would go through it is None.
+    """
+    return None if x.dtype == weight.dtype else _merge(weight, rows, factors, x.dtype)
 
 
 class _Linear(torch.autograd.Function):
-    """Merged again in the backward: that is cheaper than to keep a copy of every weight until then."""
+    """Merged again in the backward if not `rounded`: cheaper than to keep a copy of every weight until then."""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x: Tensor, weight: Tensor, bias: Tensor | None, rows: Rows, *factors: Tensor) -> Tensor:
-        return F.linear(x, _merge(weight, rows, factors), bias)
+    def forward(
+        x: Tensor,
+        origin: Any,
+        weight: Tensor,
+        rounded: Tensor | None,
+        bias: Tensor | None,
+        rows: Rows,
+        *factors: Tensor,
+    ) -> Tensor:
+        return F.linear(x, _merge(weight, rows, factors, x.dtype) if rounded is None else rounded, bias)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, weight, _, ctx.rows, *factors = inputs
-        ctx.save_for_backward(x, weight, *factors)
+        x, ctx.origin, weight, rounded, _, ctx.rows, *factors = inputs
+        ctx.save_for_backward(None if ctx.origin else x, weight, rounded, *factors)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, *factors = ctx.saved_tensors
-        g = gradients[0]
-        g2, x2 = g.flatten(0, -2), x.flatten(0, -2)
+        x, weight, merged, *factors = ctx.saved_tensors
+        g = gradients[0].flatten(0, -2)
+        inputs = kept.opened(ctx.origin, g.dtype) if x is None else kept.Tokens(x.flatten(0, -2))
         found: list[Tensor] = []
         for (start, stop, scale), up, down in zip(ctx.rows, factors[::2], factors[1::2], strict=True):
-            rows = g2[:, start:stop]
-            found += [scale * (rows.mT @ (x2 @ down.mT)), scale * ((rows @ up).mT @ x2)]
-        dx = (g2 @ _merge(weight, ctx.rows, tuple(factors))).view_as(x) if ctx.needs_input_grad[0] else None
+            rows = g[:, start:stop]
+            dU, dD = rows.mT @ inputs.times(down).to(g.dtype), inputs.gathered(rows @ up.to(g.dtype))
+            found += [scale * dU.to(up.dtype), scale * dD.to(down.dtype)]
+        dx = None
+        if ctx.needs_input_grad[0]:
+            dx = g @ (_merge(weight, ctx.rows, tuple(factors), g.dtype) if merged is None else merged)
+            dx = dx.view(*gradients[0].shape[:-1], -1)
+        db = g.sum(0) if ctx.needs_input_grad[4] else None
+        return dx, None, None, None, db, None, *found
+
+
+class _Contracted(torch.autograd.Function):
+    """No gradient goes through W + ΔW, whose graph is there for second derivatives."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, merged: Tensor, bias: Tensor | None, ways: Any, *tensors: Tensor) -> Tensor:
+        return F.linear(x, merged, bias)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, merged, _, ctx.ways, *tensors = inputs
+        ctx.save_for_backward(x, merged, *tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        x, merged, *tensors = ctx.saved_tensors
+        g2, x2 = gradients[0].reshape(-1, len(merged)), x.reshape(-1, merged.shape[1])
+        some = max(1, IN_CACHE // sum(merged.shape))
+        found: list[Tensor] = []
+        for start, stop, contract, count in ctx.ways:
+            own = tensors[len(found) : len(found) + count]
+            pairs = zip(torch.split(g2[:, start:stop], some), torch.split(x2, some), strict=True)
+            found += [torch.stack(each).sum(0) for each in zip(*(contract(*pair, *own) for pair in pairs), strict=True)]
+        dx = (g2 @ merged).view_as(x) if ctx.needs_input_grad[0] else None
         db = g2.sum(0) if ctx.needs_input_grad[2] else None
         return dx, None, db, None, *found
 
@@ -146,27 +250,35 @@ class _Conv(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, rows: Rows, *factors: Tensor
+        x: Tensor,
+        weight: Tensor,
+        rounded: Tensor | None,
+        bias: Tensor | None,
+        geometry: Geometry,
+        rows: Rows,
+        *factors: Tensor,
     ) -> Tensor:
-        return geometry.conv(x, _merge(weight, rows, factors), bias)
+        return geometry.conv(x, _merge(weight, rows, factors, x.dtype) if rounded is None else rounded, bias)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, weight, _, ctx.geometry, ctx.rows, *factors = inputs
-        ctx.save_for_backward(x, weight, *factors)
+        x, weight, rounded, _, ctx.geometry, ctx.rows, *factors = inputs
+        ctx.save_for_backward(x, weight, rounded, *factors)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, *factors = ctx.saved_tensors
+        x, weight, merged, *factors = ctx.saved_tensors
         g, found = gradients[0], []
         for (start, stop, scale), up, down in zip(ctx.rows, factors[::2], factors[1::2], strict=True):
-            dU, dD = _thin(g[:, start:stop], x, up, down.view(-1, *weight.shape[1:]), ctx.geometry)
-            found += [scale * dU, scale * dD]
+            kernels = down.to(x.dtype).view(-1, *weight.shape[1:])
+            dU, dD = _thin(g[:, start:stop], x, up.to(x.dtype), kernels, ctx.geometry)
+            found += [scale * dU.to(up.dtype), scale * dD.to(down.dtype)]
         dx = None
         if ctx.needs_input_grad[0]:
-            dx = ctx.geometry.to_input(g, x, _merge(weight, ctx.rows, tuple(factors)))
-        db = g.transpose(0, 1).flatten(1).sum(1) if ctx.needs_input_grad[2] else None
-        return dx, None, db, None, None, *found
+            merged = _merge(weight, ctx.rows, tuple(factors), x.dtype) if merged is None else merged
+            dx = ctx.geometry.to_input(g, x, merged)
+        db = g.transpose(0, 1).flatten(1).sum(1) if ctx.needs_input_grad[3] else None
+        return dx, None, None, db, None, None, *found
 
 
 def _thin(g: Tensor, x: Tensor, up: Tensor, kernels: Tensor, geometry: Geometry) -> tuple[Tensor, Tensor]:

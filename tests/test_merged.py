@@ -8,8 +8,9 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 import capavision as cv
+from benchmarks.step import saved
 from capavision import merged
-from tests.conftest import assert_moved, awaken, create, outputs, seeded, twin
+from tests.conftest import assert_moved, awaken, awaken_deltas, create, outputs, seeded, twin
 
 EXACT = {"rtol": 1e-11, "atol": 1e-11}
 METHODS = {
@@ -284,11 +285,9 @@ def test_gradients_of_single_images_by_vmap(kind, calls, convs):
 # Where it runs, and what runs on it ----------------------------------------------------------------------------------
 
 
-def test_few_tokens_autocast_half_precision_and_traces_stay_factored(calls):
+def test_few_tokens_half_precision_and_traces_stay_factored(calls):
     model = adapted(METHODS["lora"], "linear").float()
     x = torch.randn(4, 3, 160, 160)
-    with torch.autocast("cpu", torch.bfloat16):
-        model(x)
     model.bfloat16()(x.bfloat16())
     model.float()
     torch.jit.trace(model, x, check_trace=False)
@@ -342,12 +341,57 @@ def test_checkpointing_and_functional_gradients_agree():
         torch.testing.assert_close(functional[name], gradient, **EXACT)
 
 
-def test_nothing_dense_is_kept_for_the_backward():
-    """Saved beside x: the weight itself, which is there anyway, and the factors."""
+@pytest.mark.parametrize("kind", ["vit", "resnet"])
+def test_autocast_sums_in_float32_and_rounds_once(kind, calls, convs):
+    """Every host's product is that of fold's weight under the same autocast, but for its rare other roundings."""
+    if kind == "vit":
+        model, size, seen = adapted(METHODS["capaboost"], "linear").float(), 160, calls
+    else:
+        model, size, seen = seeded(lambda: create("test_resnet", num_classes=3)), 64, convs
+        cv.inject(model, cv.LoRA(rank=2, branches=2), "conv")
+        awaken(model)
+    x = seeded(lambda: torch.randn(4, 3, size, size), 1)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = model(x).detach()
+        count = len(seen)
+        expected = cv.fold(twin(model))(x).detach()
+    assert count
+    exact = outputs(model, x)
+    assert (found.float() - expected.float()).norm() < 0.5 * (expected.float() - exact).norm()
+    assert_moved(found, outputs(cv.remove(twin(model)), x))
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv"])
+def test_under_autocast_gradients_are_those_of_the_rounded_product(kind):
+    """All factors of one host, beside float64: as near as bfloat16 comes, and float32 themselves."""
+    layer, shape = (nn.Linear(24, 40), (3, 30, 24)) if kind == "linear" else (nn.Conv2d(24, 40, 3), (2, 24, 7, 7))
+    host = nn.Sequential(nn.Identity(), layer)
+    cv.inject(host, METHODS["capaboost"], "1")
+    awaken_deltas(host)
+    exact, x = twin(host).double(), seeded(lambda: torch.randn(shape))
+    given, wide = x.clone().requires_grad_(), x.double().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        y = host(given)
+    assert y.dtype is torch.bfloat16
+    slope = seeded(lambda: torch.randn(y.shape), 2)
+    y.backward(slope.bfloat16())
+    exact(wide).backward(slope.double())
+    pairs = [(given.grad, wide.grad), *((p.grad, exact.get_parameter(n).grad) for n, p in trained(host))]
+    assert len(pairs) == 3
+    for found, expected in pairs:
+        assert found.dtype is torch.float32
+        assert (found - expected).norm() < 0.01 * expected.norm()
+
+
+def trained(model):
+    return [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+
+
+def test_a_linear_keeps_its_input_and_the_factors_for_the_backward():
+    """Besides, the weight itself, which is there anyway."""
     host = nn.Sequential(nn.Linear(64, 64))
     cv.inject(host, METHODS["lora"], "0")
-    saved = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
-        host(torch.randn(100, 64, requires_grad=True))
-    fresh = [t for t in saved if t.numel() >= 64 * 64 and t.data_ptr() != host[0]._parameters["weight"].data_ptr()]
+    y = host(torch.randn(100, 64, requires_grad=True))
+    weight = host[0]._parameters["weight"]
+    fresh = [t for t in saved(y) if t.numel() >= 64 * 64 and t.data_ptr() != weight.data_ptr()]
     assert [tuple(t.shape) for t in fresh] == [(100, 64)]

@@ -9,10 +9,11 @@ import time
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 import capavision as cv
 from tests.conftest import full_disk
-from vtab import cli, limits, loop, record, setup, train
+from vtab import cli, evaluate, limits, loop, record, setup, train
 from vtab.config import Config, parse
 from vtab.data import Data, Split
 from vtab.evaluate import accuracy
@@ -53,6 +54,19 @@ def test_a_run_leaves_every_file_and_nothing_else(finished):
     assert len((folder / "metrics.jsonl").read_text().splitlines()) == 2
     for picture in ("curve.png", "predictions.png"):
         assert (folder / picture).read_bytes().startswith(b"\x89PNG")
+
+
+def test_in_bfloat16_training_and_the_test_run_rounded_products(tmp_path, monkeypatch):
+    """The dtype of the logits in both says so; parameters stay float32."""
+    seen = {"loss": set(), "test": set()}
+    losses, tests = nn.functional.cross_entropy, evaluate._probabilities
+    monkeypatch.setattr(loop.F, "cross_entropy", lambda x, y: seen["loss"].add(x.dtype) or losses(x, y))
+    monkeypatch.setattr(evaluate, "_probabilities", lambda x: seen["test"].add(x.dtype) or tests(x))
+    for precision, dtype in (("bfloat16", torch.bfloat16), ("auto", torch.float32)):
+        run(tmp_path, "--precision", precision, "--device", "cpu", "--epochs", "1", "--name", precision)
+        assert seen == {"loss": {dtype}, "test": {dtype}}
+        [each.clear() for each in seen.values()]
+    assert {p.dtype for p in cv.load(tmp_path / "bfloat16" / "adapter.safetensors").parameters()} == {torch.float32}
 
 
 def test_the_record_says_what_was_done(finished):

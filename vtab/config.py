@@ -61,6 +61,7 @@ class Config:
     lr_min: learning rate at the end of the cosine
     drop_path: stochastic depth rate of the backbone
     clip: largest norm of the gradient; 0 does not clip
+    precision: of the products, while parameters stay float32: float32, bfloat16, or auto: bfloat16 on a GPU that has it
     compile: compile the backbone with torch.compile: a slow first step (a minute on 2 CPU cores; seconds once its cache
         on disk has the model), faster ones after it
     cache_frozen_prefix: compute what the backbone does before its first adapted module once for each training image,
@@ -105,6 +106,7 @@ class Config:
     lr_min: float = 0.0
     drop_path: float = 0.1
     clip: float = 1.0
+    precision: str = "auto"
     compile: bool = False
     cache_frozen_prefix: bool = False
     seed: int = 0

@@ -78,13 +78,19 @@ class Accuracy:
         return f"{self.percent:.1f} % ({low:.1f} … {high:.1f}, n = {self.total:,})"
 
 
-def autocast(device: torch.device) -> torch.autocast:
-    """bfloat16 on CUDA, full precision elsewhere."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+PRECISIONS = ("auto", "float32", "bfloat16")
+
+
+def autocast(device: torch.device, precision: str = "auto") -> torch.autocast:
+    """torch's context in which products run in `precision`; "auto" is bfloat16 on a GPU that has it, else float32."""
+    fit = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16" or (precision == "auto" and fit))
 
 
 @torch.inference_mode()
-def predict(model: nn.Module, split: Split, preprocessing: Preprocessing, batch_size: int = 256) -> np.ndarray:
+def predict(
+    model: nn.Module, split: Split, preprocessing: Preprocessing, batch_size: int = 256, precision: str = "auto"
+) -> np.ndarray:
     """Class probabilities (n, classes) for a split; images are decoded piece by piece.
 
     What a batch gave is fetched when the next one is on its way, so that a GPU computes while the host decodes.
@@ -95,7 +101,7 @@ def predict(model: nn.Module, split: Split, preprocessing: Preprocessing, batch_
     with tqdm(total=len(split), desc="evaluate", unit="img", leave=False) as bar:
         for images, _ in split.batches(preprocessing.size, batch_size):
             x = to_device(torch.from_numpy(images), device)
-            with autocast(device):
+            with autocast(device, precision):
                 waiting.append(model(preprocessing.normalize(x)))
             if len(waiting) > 1:
                 fetched.append(_probabilities(waiting.popleft()))

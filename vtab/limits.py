@@ -6,7 +6,7 @@ from capavision.targets import near
 from vtab import recipes
 from vtab.cache import KEEP
 from vtab.cli import flag
-from vtab.evaluate import NORMS
+from vtab.evaluate import NORMS, PRECISIONS
 
 if TYPE_CHECKING:
     from vtab.config import Config
@@ -16,6 +16,7 @@ CHOICES = {
     "protocol": ("honest", "paper"),
     "norm": ("model", *NORMS),
     "cache": KEEP,
+    "precision": PRECISIONS,
     "optimizer": ("adamw", "sgd"),
     "schedule": ("step", "epoch"),
 }

@@ -41,7 +41,9 @@ class Loop:
         self.forward = forward_of(self.model, self.config)
         self.prefix: Callable[[Tensor], AbstractContextManager[Any]] = nullcontext
         if self.config.cache_frozen_prefix:
-            self.prefix = FrozenPrefix(self.model, self.images, self.normalize, self.config.batch_size)
+            self.prefix = FrozenPrefix(
+                self.model, self.images, self.normalize, self.config.batch_size, self.config.precision
+            )
         self.trained = cv.parameters(self.model)
         self.optimizer = make_optimizer(self.model, self.config, fused=self.images.device.type == "cuda")
         self.steps = self.config.steps(len(self.images))
@@ -113,7 +115,7 @@ class Loop:
         """One update by the images `chosen`; their mean loss, and how many were right."""
         with self.clock("data"):
             x, y = self.normalize(self.images[chosen]), self.labels[chosen]
-        with self.clock("forward"), autocast(self.images.device), self.prefix(chosen):
+        with self.clock("forward"), autocast(self.images.device, self.config.precision), self.prefix(chosen):
             logits = self.forward(x)
             loss = F.cross_entropy(logits, y)
         with self.clock("backward"):

@@ -30,15 +30,21 @@ class FrozenPrefix:
         images: uint8 (n, H, W, 3), on the model's device.
         normalize: uint8 images to the model's input.
         batch_size: images a forward pass.
+        precision: of its products, as in training.
 
     Raises:
         ValueError: no prefix, one that draws at random, or outputs of more than `MOST` bytes.
     """
 
     def __init__(
-        self, model: nn.Module, images: Tensor, normalize: Callable[[Tensor], Tensor], batch_size: int
+        self,
+        model: nn.Module,
+        images: Tensor,
+        normalize: Callable[[Tensor], Tensor],
+        batch_size: int,
+        precision: str = "auto",
     ) -> None:
-        self.model, self.images, self.normalize = model, images, normalize
+        self.model, self.images, self.normalize, self.precision = model, images, normalize, precision
         model.train()
         self.cut, self.spared = self._found()
         size = self.kept[0].nbytes * len(images)
@@ -151,7 +157,7 @@ class FrozenPrefix:
 
     def _logits(self, images: Tensor) -> Tensor:
         devices = [images.device] if images.is_cuda else []
-        with torch.random.fork_rng(devices), torch.no_grad(), autocast(images.device):
+        with torch.random.fork_rng(devices), torch.no_grad(), autocast(images.device, self.precision):
             torch.manual_seed(0)
             self.undrawn = _generators(images.device)
             logits: Tensor = self.model(self.normalize(images))

@@ -11,7 +11,7 @@ from typing import Any
 
 import capavision as cv
 from vtab.config import Config
-from vtab.evaluate import accuracy, predict
+from vtab.evaluate import accuracy
 from vtab.setup import Setup
 
 
@@ -35,7 +35,7 @@ def watcher(setup: Setup, folder: Path, at: int | None = None) -> Callable[[int]
     def watch(epoch: int) -> dict[str, float]:
         if at not in (None, epoch):
             return {}
-        return {"val_accuracy": accuracy(predict(setup.model, val, setup.preprocessing), val.labels).percent}
+        return {"val_accuracy": accuracy(setup.predict(val), val.labels).percent}
 
     return watch
 
@@ -44,7 +44,7 @@ def _look(setup: Setup, folder: Path, epoch: int) -> dict[str, float]:
     """Test, and keep the adapter if it is the best so far. The file itself says what it reached, so that a run that is
     killed between the two and tests this epoch again comes to the same."""
     test, file = setup.judged, folder / "adapter.safetensors"
-    found = accuracy(predict(setup.model, test, setup.preprocessing), test.labels).percent
+    found = accuracy(setup.predict(test), test.labels).percent
     best = cv.describe(file)["info"]["test_accuracy"] if file.is_file() else -1.0
     if found > best:
         save(setup, folder, {"protocol": label(setup.config), "epoch": epoch, "test_accuracy": found})

@@ -23,7 +23,7 @@ import capavision as cv
 from capavision.files import replacing
 from vtab import labels, plots, protocol, recipes
 from vtab.config import Config, young_fields
-from vtab.evaluate import accuracy, predict
+from vtab.evaluate import accuracy
 from vtab.setup import Setup
 from vtab.textfile import read_json, write
 
@@ -105,7 +105,7 @@ def conclude(
     config, data = setup.config, setup.data
     split = setup.judged
     start = time.perf_counter()
-    probabilities = predict(setup.model, split, setup.preprocessing)
+    probabilities = setup.predict(split)
     seconds = time.perf_counter() - start
     score = accuracy(probabilities, split.labels)
     write_predictions(folder / "predictions.npz", split.labels, probabilities)

@@ -5,6 +5,7 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -13,7 +14,7 @@ from capavision.base import AbsentWeightsError, fingerprint
 from vtab import backbones, cache
 from vtab.config import Config
 from vtab.data import Data, Split, open_task
-from vtab.evaluate import Preprocessing
+from vtab.evaluate import Preprocessing, predict
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,10 @@ class Setup:
     def judged(self) -> Split:
         """Its images, the first --test-limit of them."""
         return self.data.splits[self.judge].head(self.config.test_limit)
+
+    def predict(self, split: Split) -> np.ndarray:
+        """Class probabilities (n, classes), in the run's precision."""
+        return predict(self.model, split, self.preprocessing, precision=self.config.precision)
 
 
 def prepare(config: Config) -> Setup:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from capavision.attention import query_value_hosts
 from capavision.checks import nonzero, whole
-from capavision.delta import Factors, Method, Site, WeightDelta
+from capavision.delta import Factors, Method, Site, WeightDelta, product
 from capavision.masks import Sharing
 
 
@@ -69,8 +69,7 @@ class LowRank(WeightDelta):
         self.B = config.factor(site.zeros(site.n_out, config.rank), site.key("B"), dim=1)
 
     def weight(self) -> Tensor:
-        product: Tensor = self.B() @ self.A()
-        return self.scale * product
+        return self.scale * product(self.B(), self.A())
 
     def factors(self) -> Factors:
         return Factors(self.B(), self.A(), self.scale)

@@ -1,0 +1,145 @@
+"""An adapted layer takes its input from what the layer before it keeps: the same gradients, fewer bytes."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import capavision as cv
+from benchmarks.step import floor, saved
+from capavision import kept
+from tests.conftest import awaken, awaken_deltas, create, seeded, twin
+
+BEFORE = {
+    "gelu": nn.GELU,
+    "gelu, tanh": lambda: nn.GELU("tanh"),
+    "silu": nn.SiLU,
+    "layer norm": lambda: nn.LayerNorm(12, eps=1e-3),
+    "layer norm without shift": lambda: nn.LayerNorm(12, bias=False),
+    "layer norm alone": lambda: nn.LayerNorm(12, elementwise_affine=False),
+}
+each_layer = pytest.mark.parametrize("before", BEFORE.values(), ids=BEFORE)
+
+
+def chain(before):
+    """A layer that keeps its input, and an adapted Linear after it."""
+    net = nn.Sequential(nn.Linear(12, 12), before(), nn.Linear(12, 20)).double()
+    cv.inject(net, cv.LoRA(rank=3, branches=2), "2")
+    for p in net.parameters():
+        nn.init.normal_(p)  # gains and shifts too
+    return net, torch.randn(4, 9, 12).double() * 3 + 2
+
+
+@pytest.fixture
+def origins(monkeypatch):
+    """What was asked, and whether there was an answer."""
+    seen, original = [], kept.origin
+
+    def origin(x):
+        seen.append(original(x))
+        return seen[-1]
+
+    monkeypatch.setattr(kept, "origin", origin)
+    return seen
+
+
+@each_layer
+def test_gradients_are_those_of_the_kept_input(before, origins, monkeypatch):
+    net, x = seeded(lambda: chain(before))
+    wanted = [x.requires_grad_(), *(p for p in net.parameters() if p.requires_grad)]
+
+    def gradients():
+        y = net(x)
+        return torch.autograd.grad((y * torch.arange(y.numel()).view(y.shape).cos()).sum(), wanted)
+
+    found = gradients()
+    assert origins[-1] is not None
+    monkeypatch.setattr(kept, "origin", lambda x: None)
+    for own, other in zip(found, gradients(), strict=True):
+        torch.testing.assert_close(own, other, rtol=1e-10, atol=1e-10 * other.abs().max().item())
+
+
+@each_layer
+def test_gradients_are_the_limits_of_differences_once_and_twice(before, origins):
+    net, x = seeded(lambda: chain(before))
+    x = x[:2, :2].clone().requires_grad_()
+    net(x.expand(40, 2, 2, 12)).sum()  # tokens enough to merge, as below
+    parameters = [p for p in net.parameters() if p.requires_grad]
+
+    def y(x, *parameters):
+        return net(x.expand(40, *x.shape))[0]
+
+    assert torch.autograd.gradcheck(y, (x, *parameters), fast_mode=True)
+    assert torch.autograd.gradgradcheck(y, (x, *parameters), fast_mode=True)
+    assert all(origins)
+
+
+def test_a_mean_far_above_the_deviation_costs_no_digits_that_the_norm_has_not_lost(monkeypatch):
+    """In float32, beside float64: the products on z are as near as those on the kept input."""
+    net, x = seeded(lambda: chain(BEFORE["layer norm"]))
+    z = x.flatten(0, 1) + 30
+    norm, k, D = net[1], torch.randn(len(z), 3).double(), torch.randn(3, 12).double()
+
+    def error(inputs):
+        return max(
+            (found.double() - expected).norm() / expected.norm()
+            for found, expected in ((inputs.times(D), norm(z) @ D.mT), (inputs.gathered(k), k.mT @ norm(z)))
+        )
+
+    low = z.float().requires_grad_()
+    y = twin(norm).float()(low)
+    with torch.no_grad():
+        assert error(kept.opened(y.grad_fn, torch.float32)) < 3 * error(kept.Tokens(y.detach())) + 1e-6
+
+
+def test_a_vit_with_all_linears_adapted_keeps_what_a_frozen_one_keeps():
+    def kept_bytes(prepare):
+        model = seeded(lambda: create("test_vit", num_classes=3))
+        prepare(model)
+        own = {t.untyped_storage().data_ptr() for t in model.parameters()}
+        y = model.train()(torch.randn(4, 3, 160, 160))
+        found = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in saved(y)}
+        return sum(size for address, size in found.items() if address not in own)
+
+    base = kept_bytes(floor)
+    assert kept_bytes(lambda model: cv.inject(model, cv.LoRA(rank=2), "linear")) < 1.05 * base
+    assert kept_bytes(lambda model: model.requires_grad_(True)) > 1.3 * base
+
+
+def test_inputs_of_other_kinds_and_under_hooks_are_kept(origins):
+    host = nn.Sequential(nn.Linear(12, 12), nn.GELU(), nn.Linear(12, 20))
+    cv.inject(host, cv.LoRA(rank=2), "2")
+    awaken_deltas(host)
+    x = torch.randn(40, 12, requires_grad=True)
+    expected = torch.autograd.grad(host(x).sum(), [x, *cv.parameters(host)])
+    assert origins.pop() is not None
+    with torch.autograd.graph.save_on_cpu():
+        y = host(x).sum()
+    for found, other in zip(torch.autograd.grad(y, [x, *cv.parameters(host)]), expected, strict=True):
+        assert torch.equal(found, other)
+    checkpoint(host, x, use_reentrant=False).sum().backward()
+    host[1] = nn.Tanh()
+    host(x)
+    host[1] = nn.Identity()
+    host(x.detach())
+    whole = F.layer_norm(torch.randn(8, 5, 12, requires_grad=True), (5, 12))
+    host[2](whole)  # a norm over more than the channels
+    assert origins == [None] * 6
+
+
+def test_under_autocast_a_norm_in_float32_serves_a_product_in_bfloat16(origins):
+    model = awaken(seeded(lambda: create("test_vit", num_classes=3)))
+    cv.inject(model, cv.LoRA(rank=3), "qkv")
+    awaken_deltas(model)
+    x, exact = seeded(lambda: torch.randn(2, 3, 160, 160), 1), twin(model).double()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model(x).square().sum()
+    assert all(origins[1:])  # nothing before the first host is differentiated
+    assert len(origins) > 1
+    loss.backward()
+    exact(x.double()).square().sum().backward()
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            expected = exact.get_parameter(name).grad
+            assert (p.grad - expected).norm() < 0.1 * expected.norm(), name
