@@ -10,6 +10,8 @@ import sys
 import threading
 from pathlib import Path
 
+from export import cli
+
 SMAPS = Path("/proc/self/smaps_rollup")
 EVERY = 0.005  # seconds between two samples
 RUNS = 3
@@ -88,4 +90,4 @@ def main(kind: str, path: str, batch: str, threads: str, tokens: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    cli.run(lambda: main(*sys.argv[1:]))
