@@ -26,11 +26,12 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         raise ValueError(f"{args.out} exists; name another --out, or delete it first")
     from export import delta, package, split
     from export.graph import check_choices
+    from export.source import Source
 
     wanted = Wanted.of(args)
     check_choices(args.opset, args.exporter)
     if args.delta:
-        source = package.Source.open(args.delta)
+        source = Source.open(args.delta)
         _refuse_texts("--delta", source)
         return delta.make(source, args.base, args.out, args.tolerance)
     if args.split:
@@ -38,7 +39,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         _refuse_texts("--split", *runs.values())
         manifest = split.build(runs, args.out, opset=args.opset, tolerance=args.tolerance, then=_adding(runs, wanted))
     else:
-        source = package.Source.open(args.run)
+        source = Source.open(args.run)
         manifest = package.build(
             source,
             args.out,

@@ -26,7 +26,7 @@ from export import cli, memory, session
 from export.runtime import check_files, read_manifest, sha256
 
 if TYPE_CHECKING:
-    from export.package import Source
+    from export.source import Source
 
 PHOTO = (480, 640, 3)
 TOKENS = 64  # of a text
@@ -238,7 +238,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
 
 
 def _source(run: Path, manifest: dict[str, Any], package: Path) -> "Source":
-    from export.package import Source
+    from export.source import Source
 
     source = Source.open(run)
     if sha256(source.path) not in [task["source_sha256"] for task in manifest["tasks"].values()]:

@@ -39,25 +39,26 @@ def _items(args: argparse.Namespace, classifier: Classifier) -> Any:
     """The images or texts, if they are what the package takes."""
     kind = classifier.input.kind
     given = [name for name in ("images", "text", "file") if getattr(args, name)]
-    if len(given) != 1 or (given == ["images"]) != (kind == "image") or (args.pair and not args.text):
+    if len(given) != 1 or (given == ["images"]) != (kind == "image") or (args.text_pair and not args.text):
         raise ValueError(f"{args.package} takes {kind}s: python -m export.predict {args.package} {HOW[kind]}")
     if kind == "image":
         return args.images
     pair = classifier.input.pair
     if args.file:
         return tokens.read(args.file, pair)
-    if bool(args.pair) != pair or (pair and len(args.pair) != len(args.text)):
-        wants = "two texts each, as many --pair as --text" if pair else "one text each; leave --pair out"
+    if bool(args.text_pair) != pair or (pair and len(args.text_pair) != len(args.text)):
+        wants = "two texts each, as many --text-pair as --text" if pair else "one text each; leave --text-pair out"
         raise ValueError(f"{args.package} takes {wants}")
-    return list(zip(args.text, args.pair, strict=True)) if pair else args.text
+    return list(zip(args.text, args.text_pair, strict=True)) if pair else args.text
 
 
 def _parser() -> cli.Parser:
     parser = cli.Parser(prog="python -m export.predict", description=__doc__.splitlines()[0])
+    several: dict[str, Any] = {"nargs": "+", "action": "extend", "metavar": "TEXT"}  # or given several times
     parser.add_argument("package", type=Path, metavar="DIR", help="what python -m export wrote")
     parser.add_argument("images", nargs="*", metavar="IMAGE", help="image files")
-    parser.add_argument("--text", nargs="+", metavar="TEXT", help="texts, for a package of texts")
-    parser.add_argument("--pair", nargs="+", metavar="TEXT", help="the second text of each, where it takes pairs")
+    parser.add_argument("--text", **several, help="texts, for a package of texts")
+    parser.add_argument("--text-pair", **several, help="the second text of each, where it takes pairs")
     parser.add_argument("--file", type=Path, help="texts, one a line; of pairs, with a tab between the two")
     parser.add_argument("--top", type=int, default=5, metavar="K", help="labels of each (default: 5)")
     parser.add_argument("--task", metavar="NAME", help="of a package of several (default: its first)")

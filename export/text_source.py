@@ -52,7 +52,10 @@ class TextSource(Source):
         """
         text = checked(about["info"])
         if not text["architecture"].endswith("ForSequenceClassification"):
-            raise ValueError(f"{file} is of {text['architecture']}; a package holds a sequence classification")
+            raise ValueError(
+                f"{file} is of {text['architecture']}, and a package answers with labels or a number: export a run of "
+                "examples.text_classification; export.text.build and capavision.load run this one in PyTorch"
+            )
         model = cv.load(file, build(about["info"], file.parent)).float().eval()
         return cls(file, about, model, _inputs(text, model, file.parent))
 

