@@ -366,8 +366,8 @@ def test_many_images_are_predicted_in_bounded_batches_and_one_is_no_list(package
     expected = runtime.predict(list(pixels))
     sizes = []
     monkeypatch.setattr("export.runtime.BATCH", 2)
-    normalize = runtime.normalize
-    monkeypatch.setattr(runtime, "normalize", lambda given: sizes.append(len(given)) or normalize(given))
+    normalize = runtime.input.normalize
+    monkeypatch.setattr(runtime.input, "normalize", lambda given: sizes.append(len(given)) or normalize(given))
     for found, wanted in zip(runtime.predict(pixels), expected, strict=True):
         assert [label for label, _ in found] == [label for label, _ in wanted]
         assert [p for _, p in found] == pytest.approx([p for _, p in wanted], abs=1e-6)
