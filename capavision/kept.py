@@ -62,7 +62,7 @@ class Normalized(NamedTuple):
 
 
 def rows(x: Tensor) -> Tensor:
-    """(…, n) to (N, n), N = 1 of a mere (n): by reshape, which torch.autograd batches where it does not batch flatten."""
+    """(…, n) to (N, n), N = 1 of a mere (n); by reshape, which is_grads_batched can batch, and flatten not."""
     return x.reshape(-1, x.shape[-1])
 
 
