@@ -168,13 +168,14 @@ def _merge(weight: Tensor, rows: Rows, factors: tuple[Tensor, ...], dtype: torch
     with as_they_are(weight):
         if weight.dim() == 2 and len(rows) == 1 and rows[0][:2] == (0, len(weight)):
             return torch.addmm(weight, factors[0], factors[1], alpha=rows[0][2]).to(dtype)
-        pieces, at = [], 0
+        merged = weight.clone()
         for (start, stop, scale), up, down in zip(rows, factors[::2], factors[1::2], strict=True):
-            some = weight[start:stop]
-            pieces += [weight[at:start], some + (scale * (up @ down)).view(some.shape)]
-            at = stop
-        pieces = [piece for piece in (*pieces, weight[at:]) if len(piece)]
-        return (torch.cat(pieces) if len(pieces) > 1 else pieces[0]).to(dtype)
+            some = merged[start:stop]
+            if torch._C._are_functorch_transforms_active():  # vmap cannot add many ΔW to one W in place
+                merged = merged.slice_scatter(some + (scale * (up @ down)).view(some.shape), 0, start, stop)
+            else:
+                some.add_((scale * (up @ down)).view(some.shape))
+        return merged.to(dtype)
 
 
 def _rounded(x: Tensor, weight: Tensor, rows: Rows, factors: tuple[Tensor, ...]) -> Tensor | None:

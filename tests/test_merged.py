@@ -11,7 +11,17 @@ from torch.utils.flop_counter import FlopCounterMode
 import capavision as cv
 from benchmarks.step import saved
 from capavision import merged
-from tests.conftest import assert_moved, awaken, awaken_deltas, create, deltas, outputs, seeded, twin
+from tests.conftest import (
+    assert_moved,
+    awaken,
+    awaken_deltas,
+    create,
+    deltas,
+    outputs,
+    run_in_half_and_traced,
+    seeded,
+    twin,
+)
 
 EXACT = {"rtol": 1e-11, "atol": 1e-11}
 METHODS = {
@@ -415,10 +425,7 @@ def test_models_without_values_run(host):
 def test_few_tokens_half_precision_and_traces_stay_factored(calls):
     model = adapted(METHODS["lora"], "linear").float()
     x = torch.randn(4, 3, 160, 160)
-    model.bfloat16()(x.bfloat16())
-    model.float()
-    torch.jit.trace(model, x, check_trace=False)
-    torch.export.export(model, (x,))
+    run_in_half_and_traced(model, x)
     assert not calls
     model(x)
     assert calls
