@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 
 from export import standins
 
-OURS = ("benchmarks", "export", "vtab")  # the packages with commands
+OURS = ("benchmarks", "examples", "export", "vtab")  # the packages with commands
 STOPPED = 130  # what shells report for Ctrl-C
 EXTRAS = {  # of capavision: what each brings, by the name that is imported; "" is capavision itself
     "export": ("onnx", "onnxruntime", "onnxscript", "PIL"),
