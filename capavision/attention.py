@@ -9,7 +9,7 @@ Span = tuple[int, int]
 _QUERY = {"q", "wq", "to_q", "to_query", "q_proj", "q_lin", "query", "query_proj"}
 _VALUE = {"v", "wv", "to_v", "to_value", "v_proj", "v_lin", "value", "value_proj"}
 _FUSED = {"qkv": "qkv", "qkv_proj": "qkv", "to_qkv": "qkv", "Wqkv": "qkv", "kv": "kv", "to_kv": "kv", "qk": "qk"}
-_FUSED |= {"c_attn": "qkv", "query_key_value": ""}  # the latter is always interleaved (bloom, gpt_neox, falcon)
+_FUSED |= {"c_attn": "qkv", "query_key_value": ""}  # the latter holds q, k and v head by head
 _WRAPPED = {"conv", "c", "linear", "proj"}  # timm wraps projections: qkv.conv, q.c, q_proj.linear, query.proj
 
 
@@ -47,16 +47,17 @@ def classifier(model: nn.Module) -> dict[str, nn.Module]:
 def _usual_head(model: nn.Module) -> list[nn.Module]:
     """The child with a usual name; in transformers' models with all that stands beside the encoder, and is as new.
 
-    These tell where an encoder is by `base_model_prefix`. Its pooler may be outside (DeBERTa), or a layer before the
-    classifier (DistilBERT); left frozen they would stay random. LoRA's own code for GLUE trains them too. An encoder by
-    itself (SiglipVisionModel) has no classifier, whatever its parts are called.
+    These and the encoders in them are told by `base_model_prefix`. A pooler may stand outside (DeBERTa), or a layer
+    before the classifier (DistilBERT); left frozen they would stay random. LoRA's own code for GLUE trains them too. An
+    encoder by itself (SiglipVisionModel) has no classifier, whatever its parts are called.
     """
     usual = ("classifier", "classification_head", "qa_outputs", "logits_proj", "score", "head", "fc", "lm_head")
     found = [child for name in usual if isinstance(child := getattr(model, name, None), nn.Module)][:1]
+    if not hasattr(model, "base_model_prefix"):
+        return found
     encoders = [child for child in model.children() if hasattr(child, "base_model_prefix")]
     if not encoders:
-        bare = hasattr(model, "base_model_prefix") and type(model).__name__.endswith("Model")
-        return [] if bare else found
+        return [] if type(model).__name__.endswith("Model") else found
     inside = {id(p) for encoder in encoders for p in encoder.parameters()}
     beside = [child for child in model.children() if not inside.intersection(map(id, child.parameters()))]
     return found and list(dict.fromkeys([*found, *beside]))
@@ -92,7 +93,7 @@ def parts_of(model: nn.Module, name: str) -> dict[str, Span]:
     role, parent_name = _role(name)
     letters = _FUSED.get(role, "")
     parent, host = model.get_submodule(parent_name), model.get_submodule(name)
-    interleaved = any(hasattr(parent, name) for name in ("key_dim", "halo_size", "multi_query"))
+    interleaved = any(hasattr(parent, sign) for sign in ("key_dim", "halo_size", "multi_query"))
     if interleaved or getattr(parent, "head_first", False) or not letters:
         return {}
     n_out, n_in = weight_of(host).shape[0], weight_of(host).shape[1] * int(getattr(host, "groups", 1))

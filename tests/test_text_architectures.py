@@ -17,7 +17,17 @@ from benchmarks.text_architectures import ARCHITECTURES, build
 from capavision.attention import classifier, query_value_hosts
 from capavision.blocks import ends
 from capavision.inject import injections
-from tests.conftest import assert_moved, assert_unchanged, awaken, awaken_deltas, outputs, seeded, snapshot, twin
+from tests.conftest import (
+    assert_moved,
+    assert_unchanged,
+    awaken,
+    awaken_deltas,
+    outputs,
+    seeded,
+    snapshot,
+    tiny_vit,
+    twin,
+)
 from tests.families import chain
 from tests.test_text import batch
 
@@ -346,6 +356,18 @@ def test_what_stands_before_the_classifier_is_trained_and_saved_with_it(name, tm
 def test_the_head_of_a_model_of_transformers(kind, head):
     with torch.device("meta"):
         assert list(classifier(build(kind))) == head
+
+
+class TwoTowers(nn.Module):
+    """A user's own: what stands beside the encoder may be another one, of another library."""
+
+    def __init__(self):
+        super().__init__()
+        self.text, self.image, self.classifier = tiny("bert").bert, tiny_vit(), nn.Linear(80, 2)
+
+
+def test_in_a_users_own_model_what_stands_beside_an_encoder_stays_frozen():
+    assert list(classifier(TwoTowers())) == ["classifier"]
 
 
 # Prefixes ------------------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from torch import nn
 
 import capavision as cv
 from capavision import host as hosting
+from capavision.masks import digest
 from capavision.tying import masks_of, tied
 from tests.conftest import assert_moved, assert_unchanged, awaken, create, images, outputs, seeded, snapshot, tiny_vit
 
@@ -169,6 +170,21 @@ def test_masks_are_distinct_exact_and_those_of_the_seed(masks, density):
         assert (bits.unflatten(-1, (-1, 4)).sum(-1) == 2).all()
     assert all(torch.equal(a, b) for a, b in zip(everything, drawn(1)[1], strict=True))
     assert not torch.equal(bits, drawn(2)[0])
+
+
+# Frozen: a file holds the seed and not the masks.
+@pytest.mark.parametrize(
+    ("kind", "density", "expected"),
+    [
+        ("random", 0.3, "e79f443072155c915c56a312f40909978b849b3d94a0eb9a7e95c25f9e0a301c"),
+        ("complementary", None, "ccec6dcdabe5a15030acc556280ce5c48961e8d4b6168bf1c722ff3e57842048"),
+        ("2:4", None, "ae3d49150d5d3d6bea98ba621856bc35ae556421dbe271a9c7e1bd7ddd9c5fa0"),
+    ],
+)
+def test_the_masks_are_those_of_the_first_release(kind, density, expected):
+    model = tiny_vit(depth=4)
+    cv.tie(model, density=density, masks=kind, seed=3)
+    assert digest(masks_of(model)) == expected
 
 
 def test_nothing_but_linear_and_conv_weights_is_masked():
