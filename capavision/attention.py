@@ -10,7 +10,10 @@ _QUERY = {"q", "wq", "to_q", "to_query", "q_proj", "q_lin", "query", "query_proj
 _VALUE = {"v", "wv", "to_v", "to_value", "v_proj", "v_lin", "value", "value_proj"}
 _FUSED = {"qkv": "qkv", "qkv_proj": "qkv", "to_qkv": "qkv", "Wqkv": "qkv", "kv": "kv", "to_kv": "kv", "qk": "qk"}
 _FUSED |= {"c_attn": "qkv", "query_key_value": ""}  # the latter holds q, k and v head by head
+_HEAD_BY_HEAD = {"key_dim", "halo_size", "multi_query", "scale_attn", "slope_rate"}  # attributes of attentions
 _WRAPPED = {"conv", "c", "linear", "proj"}  # timm wraps projections: qkv.conv, q.c, q_proj.linear, query.proj
+_HEADS = ("classifier", "classification_head", "qa_outputs", "score", "head", "fc", "lm_head")
+_BEFORE_HEADS = ("pre_classifier", "pooler")  # beside a head (DistilBERT, DeBERTa) as new as it: frozen they stay random
 
 
 def is_weighted(module: nn.Module) -> bool:
@@ -39,28 +42,11 @@ def classifier(model: nn.Module) -> dict[str, nn.Module]:
         heads = get()
         found = list(heads) if isinstance(heads, (tuple, list)) else [heads]
     else:
-        found = _usual_head(model)
+        children = dict(model.named_children())
+        usual = [name for name in _HEADS if name in children][:1]
+        found = [children[name] for name in [*usual, *_BEFORE_HEADS] if usual and name in children]
     names = {module: name for name, module in model.named_modules()}
     return {names[m]: m for m in found if m in names and any(True for _ in m.parameters())}
-
-
-def _usual_head(model: nn.Module) -> list[nn.Module]:
-    """The child with a usual name; in transformers' models with all that stands beside the encoder, and is as new.
-
-    These and the encoders in them are told by `base_model_prefix`. A pooler may stand outside (DeBERTa), or a layer
-    before the classifier (DistilBERT); left frozen they would stay random. LoRA's own code for GLUE trains them too. An
-    encoder by itself (SiglipVisionModel) has no classifier, whatever its parts are called.
-    """
-    usual = ("classifier", "classification_head", "qa_outputs", "logits_proj", "score", "head", "fc", "lm_head")
-    found = [child for name in usual if isinstance(child := getattr(model, name, None), nn.Module)][:1]
-    if not hasattr(model, "base_model_prefix"):
-        return found
-    encoders = [child for child in model.children() if hasattr(child, "base_model_prefix")]
-    if not encoders:
-        return [] if type(model).__name__.endswith("Model") else found
-    inside = {id(p) for encoder in encoders for p in encoder.parameters()}
-    beside = [child for child in model.children() if not inside.intersection(map(id, child.parameters()))]
-    return found and list(dict.fromkeys([*found, *beside]))
 
 
 def outside_head(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -87,13 +73,13 @@ def parts_of(model: nn.Module, name: str) -> dict[str, Span]:
     """The rows of q, k and v in the fused projection `name`; empty where the layout cannot be told.
 
     The rows are [q | k | v], each of the attention's width. Projections that interleave q, k and v head by head
-    (levit, tiny_vit, efficientformer, efficientvit_mit, halo attention, the maxxvit convs with head_first, gpt_bigcode)
-    have none.
+    (levit, tiny_vit, efficientformer, efficientvit_mit, halo attention, the maxxvit convs with head_first, gpt_bigcode,
+    codegen, minimax) have none.
     """
     role, parent_name = _role(name)
     letters = _FUSED.get(role, "")
     parent, host = model.get_submodule(parent_name), model.get_submodule(name)
-    interleaved = any(hasattr(parent, sign) for sign in ("key_dim", "halo_size", "multi_query"))
+    interleaved = any(hasattr(parent, sign) for sign in _HEAD_BY_HEAD)
     if interleaved or getattr(parent, "head_first", False) or not letters:
         return {}
     n_out, n_in = weight_of(host).shape[0], weight_of(host).shape[1] * int(getattr(host, "groups", 1))

@@ -56,7 +56,8 @@ def ends(model: nn.Module) -> list[str]:
     for owner in attentions(model):
         around = owner.rpartition(".")[0]
         beside = [layer for layer in outside if around and layer.startswith(f"{around}.")]
-        owners.append(beside[0] if len(beside) == 1 else owner)  # BERT's attention.self has its projection beside it
+        alone = len(beside) == 1 and isinstance(model.get_submodule(beside[0]), nn.Linear)
+        owners.append(beside[0] if alone else owner)  # BERT's attention.self has its projection beside it
     return owners + (mlps(model) or _mlp_ends(model, [layer for layer in outside if layer not in owners]))
 
 

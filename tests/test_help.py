@@ -15,7 +15,7 @@ import pytest
 from export import cli, standins
 
 ROOT = Path(__file__).resolve().parent.parent
-FILES = [path for package in ("vtab", "export", "benchmarks") for path in (ROOT / package).rglob("*.py")]
+FILES = [path for package in ("vtab", "export", "benchmarks", "examples") for path in (ROOT / package).rglob("*.py")]
 COMMANDS = sorted(set(re.findall(r'prog="python -m ([a-z_.]+)"', "".join(path.read_text() for path in FILES))))
 ASKED = [(command, "--help") for command in COMMANDS] + [
     ("vtab.train", "-h"),
@@ -67,7 +67,9 @@ def test_help_needs_none_of_the_packages_and_says_the_same(asked, barred, monkey
 
 
 def test_every_command_of_the_readme_is_among_them():
-    named = set(re.findall(r"python -m ((?:vtab|export|benchmarks)[a-z_.]*[a-z])", (ROOT / "README.md").read_text()))
+    named = set(
+        re.findall(r"python -m ((?:vtab|export|benchmarks|examples)[a-z_.]*[a-z])", (ROOT / "README.md").read_text())
+    )
     assert named <= {*COMMANDS, "vtab.backbones"}
     assert len(COMMANDS) > 20
 

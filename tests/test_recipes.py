@@ -145,7 +145,7 @@ def test_a_wrong_setting_names_the_right_ones(argv, message):
 def test_a_batch_that_drop_last_would_drop_is_refused():
     assert Config(task="dtd", batch_size=300).steps(1000) == 4
     assert Config(task="dtd", batch_size=300, drop_last=True).steps(1000) == 3
-    with pytest.raises(ValueError, match="leaves no batch of 1000 images"):
+    with pytest.raises(ValueError, match="leaves no batch of 1000 examples"):
         Config(task="dtd", batch_size=1001, drop_last=True).steps(1000)
 
 
@@ -176,6 +176,22 @@ def test_the_default_schedule_is_a_cosine_by_step():
     ]
     assert rates(made) == pytest.approx(expected)
     assert max(rates(Config(task="dtd", epochs=10))) <= 1e-3
+
+
+def test_a_linear_decay_and_a_warm_up_in_steps_are_those_of_transformers():
+    """Up from 0 over the warm-up's steps, then straight down to 0, which the step after the last would have."""
+    made = Config(task="dtd", epochs=10, batch_size=100, lr=2e-3, warmup=30, decay="linear")
+    total, rising = 100, 30
+    expected = [2e-3 * (i / rising if i < rising else (total - i) / (total - rising)) for i in range(total)]
+    assert rates(made) == pytest.approx(expected)
+    share = Config(task="dtd", epochs=10, batch_size=100, lr=2e-3, warmup=0.3, decay="linear")
+    assert rates(share) == rates(made)
+    assert rates(Config(task="dtd", epochs=1, batch_size=100, warmup=1))[-1] < 1e-3  # 1 is the whole of it
+
+
+def test_a_warm_up_longer_than_the_schedule_is_refused():
+    with pytest.raises(ValueError, match="--warmup 200 is longer than the whole schedule, 100 steps; pass a share"):
+        rates(Config(task="dtd", epochs=10, batch_size=100, warmup=200))
 
 
 def test_sgd_has_momentum():

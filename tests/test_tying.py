@@ -26,14 +26,20 @@ STACKS = {
     "mixer": Stack(
         lambda: seeded(lambda: MlpMixer(5, img_size=32, patch_size=8, num_blocks=4, embed_dim=32)).eval(), "blocks", 4
     ),
-    "equal blocks of a resnet's stage": Stack(lambda: create("resnet26", layers=(1, 3, 1, 1)), ["layer2.[12]"], 2),
+    "equal blocks of a resnet's stage": Stack(
+        lambda: create("resnet26", layers=(1, 3, 1, 1), channels=(16, 24, 32, 48)), ["layer2.[12]"], 2
+    ),
     "swin stage, every other window shifted": Stack(
-        lambda: create("swin_tiny_patch4_window7_224", img_size=64, window_size=4, embed_dim=24, depths=(4, 2, 2, 2)),
+        lambda: create(
+            "swin_tiny_patch4_window7_224", img_size=64, window_size=4, embed_dim=24, depths=(4, 2), num_heads=(3, 6)
+        ),
         "layers.0.blocks",
         4,
         64,
     ),
-    "convnext stage": Stack(lambda: create("convnext_atto", depths=(1, 2, 3, 1)), "stages.2.blocks", 3),
+    "convnext stage": Stack(
+        lambda: create("convnext_atto", depths=(1, 2, 3, 1), dims=(16, 24, 32, 48)), "stages.2.blocks", 3
+    ),
 }
 MASKS = {
     "no masks": {},
@@ -304,7 +310,7 @@ def test_a_tied_models_file_exports_to_onnx(tmp_path):
     cv.tie(model, density=0.5)
     preprocessing = {"size": 160, "mean": [0.5] * 3, "std": [0.5] * 3, "resize": "squash, bicubic"}
     cv.save(model, tmp_path / "it.safetensors", classes=["a", "b"], info={"preprocessing": preprocessing})
-    manifest = build_package(Source.open(tmp_path / "it.safetensors"), tmp_path / "package")
+    manifest = build_package(Source.open(tmp_path / "it.safetensors"), tmp_path / "package", exporter="legacy")
     (task,) = manifest["tasks"].values()
     assert max(task["parity"]["relative_error"].values()) < 1e-5
 
