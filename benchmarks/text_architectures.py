@@ -62,7 +62,7 @@ METHODS: dict[str, cv.Method] = {
     "Prefix": cv.Prefix(),
 }
 COLUMNS = ("architecture", "method", "hosts", "trained values", "which")
-HEADS = ("architecture", "class", "values", "q and v", "PEFT's default", "head", "PEFT's head")
+CHOICES = ("architecture", "class", "values", "q and v", "PEFT's default", "head", "PEFT's head", "methods")
 
 
 @dataclass(frozen=True)
@@ -133,8 +133,8 @@ def pattern(names: Iterable[str]) -> str:
     return ", ".join(f"`{'.'.join(filter(None, parts))}`" for parts in globs)
 
 
-def beside_peft(name: str) -> tuple[object, ...]:
-    """What LoRA adapts and which modules train whole, and what PEFT's defaults are there."""
+def choice(name: str, rows: Iterable[Row]) -> tuple[object, ...]:
+    """What LoRA adapts and which modules train whole, beside PEFT's defaults; and which methods found hosts."""
     model = on_meta(name)
     ours, heads = query_value_hosts(model), list(classifier(model))
     defaults, trained = peft_choice(on_meta(name), list(ours), heads)
@@ -146,7 +146,9 @@ def beside_peft(name: str) -> tuple[object, ...]:
         theirs = "the same" if set(defaults) == set(ours) and not rows else pattern(defaults)
     values = sum(p.numel() for p in model.parameters())
     listed = (", ".join(f"`{head}`" for head in found) for found in (heads, trained))
-    return (name, f"`{type(model).__name__}`", f"{values:,}", chosen, theirs, *listed)
+    refused = [r.method for r in rows if r.architecture == name and not r.hosts]
+    served = f"all but {' and '.join(refused)}" if refused else "all"
+    return (name, f"`{type(model).__name__}`", f"{values:,}", chosen, theirs, *listed, served)
 
 
 def peft_choice(model: Any, hosts: list[str], heads: list[str]) -> tuple[list[str] | None, list[str]]:
@@ -162,13 +164,14 @@ def peft_choice(model: Any, hosts: list[str], heads: list[str]) -> tuple[list[st
     return theirs.targeted_module_names if known else None, trained
 
 
-def document(rows: Sequence[Row], heads: Sequence[Sequence[object]], command: str, seconds: float) -> str:
+def document(rows: Sequence[Row], choices: Sequence[Sequence[object]], command: str, seconds: float) -> str:
     """What --out writes."""
     methods = "\n".join(f"- {name}: `{method}`" for name, method in METHODS.items())
     return f"""# Architectures of transformers
 
 Models on the meta device at their configuration's default sizes; each method on its default hosts. `*` stands for the
-layers' numbers, `{{a,b}}` for several names.
+layers' numbers, `{{a,b}}` for several names. That each of them trains, saves, loads and folds exactly there is tested on
+tiny models of the same classes (`tests/test_text_architectures.py`).
 
 {measured(command, seconds, ("transformers", "peft"))}
 
@@ -177,7 +180,7 @@ layers' numbers, `{{a,b}}` for several names.
 PEFT's default hosts are what `LoraConfig()` adapts; where it has none, it asks for `target_modules`. PEFT's head is
 what `task_type="SEQ_CLS"` trains besides.
 
-{table(HEADS, heads)}
+{table(CHOICES, choices)}
 
 {NOTES}
 
@@ -197,16 +200,15 @@ NOTES = """Where they differ, and why:
   **phi3**, whose `qkv_proj` has fewer rows of k and v than of q where heads are grouped.
 - **gpt2**: `c_attn` is transformers' `Conv1D`, which stores its weight transposed. PEFT adapts it whole. A weight delta
   is refused here; with an `nn.Linear` of the transposed weight in its place, the rows of q and v are found.
-- **Heads**: what stands beside the encoder in a model of transformers is new, so it is trained with the classifier, as
-  in LoRA's own code for GLUE. PEFT trains what has a name that ends in classifier or score: DeBERTa's pooler, and the
-  `classification_head` of BART and T5, stay at their random start, unless `modules_to_save` names them.
+- **Heads**: DeBERTa's pooler and the `classification_head` of BART and T5 are as new as the classifier, so they are
+  trained with it. PEFT leaves them at their random start, unless `modules_to_save` names them.
 
 What else to know:
 
 - **albert**: all its layers are one, so a method has one layer's hosts; their deltas act at every depth, and their
   gradients are summed over it. Its attention ends in a residual sum and a norm: a Houlsby adapter there comes after it.
-- **siglip**: the vision encoder pools by a block called `head`, and adapters have a host there. A model that does not
-  use the pooled output (SiglipForImageClassification) trains that one in vain.
+- **siglip**: the vision encoder pools by a block called `head`: alone it takes that for its classifier. In
+  SiglipForImageClassification adapters have a host there, which trains in vain, since that model does not pool with it.
 - **Prefix** needs torch's scaled_dot_product_attention: deberta-v2, mpnet and bloom compute their softmax by themselves
   and are refused, as is any model set to "eager". T5 calls it in transformers 5.
 - **parallel** runs beside an MLP that is one module. BERT's is two, `intermediate` and `output`, and BART's is none."""
@@ -221,12 +223,12 @@ def main(argv: Sequence[str] | None = None) -> list[Row]:
     for found in sweep(names):
         rows.append(found)
         print(row(found.cells), flush=True)
-    heads = [beside_peft(name) for name in names]
-    print(f"\n{table(HEADS, heads)}")
+    choices = [choice(name, rows) for name in names]
+    print(f"\n{table(CHOICES, choices)}")
     if args.out:
         some = "" if args.architectures == ",".join(ARCHITECTURES) else f" --architectures {args.architectures}"
         command = f"python -m benchmarks.text_architectures{some}"
-        write(args.out, document(rows, heads, command, time.perf_counter() - start))
+        write(args.out, document(rows, choices, command, time.perf_counter() - start))
     return rows
 
 

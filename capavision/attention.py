@@ -1,6 +1,6 @@
 """Finds attentions, the rows of q, k and v in them, and the classifier, by looking at names and shapes."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from torch import Tensor, nn
 
@@ -13,7 +13,7 @@ _FUSED |= {"c_attn": "qkv", "query_key_value": ""}  # the latter holds q, k and 
 _HEAD_BY_HEAD = {"key_dim", "halo_size", "multi_query", "scale_attn", "slope_rate"}  # attributes of attentions
 _WRAPPED = {"conv", "c", "linear", "proj"}  # timm wraps projections: qkv.conv, q.c, q_proj.linear, query.proj
 _HEADS = ("classifier", "classification_head", "qa_outputs", "score", "head", "fc", "lm_head")
-_BEFORE_HEADS = ("pre_classifier", "pooler")  # beside a head (DistilBERT, DeBERTa) as new as it: frozen they stay random
+_BEFORE_HEADS = ("pre_classifier", "pooler")  # as new as the head (DistilBERT, DeBERTa): frozen they stay random
 
 
 def is_weighted(module: nn.Module) -> bool:
@@ -37,16 +37,19 @@ def weight_of(module: nn.Module) -> Tensor:
 
 
 def classifier(model: nn.Module) -> dict[str, nn.Module]:
-    """The trained head by qualified name: what get_classifier() returns, else a usual name at the top level."""
+    """The trained head by qualified name: what get_classifier() returns, else usual names at the top level."""
     if callable(get := getattr(model, "get_classifier", None)):
         heads = get()
         found = list(heads) if isinstance(heads, (tuple, list)) else [heads]
     else:
-        children = dict(model.named_children())
-        usual = [name for name in _HEADS if name in children][:1]
-        found = [children[name] for name in [*usual, *_BEFORE_HEADS] if usual and name in children]
+        found = _children(model, _HEADS)[:1]
+        found += _children(model, _BEFORE_HEADS) if found else []
     names = {module: name for name, module in model.named_modules()}
     return {names[m]: m for m in found if m in names and any(True for _ in m.parameters())}
+
+
+def _children(model: nn.Module, names: Iterable[str]) -> list[nn.Module]:
+    return [child for name in names if isinstance(child := getattr(model, name, None), nn.Module)]
 
 
 def outside_head(model: nn.Module) -> dict[str, nn.Parameter]:
