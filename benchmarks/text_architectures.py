@@ -138,12 +138,12 @@ def choice(name: str, rows: Iterable[Row]) -> tuple[object, ...]:
     model = on_meta(name)
     ours, heads = query_value_hosts(model), list(classifier(model))
     defaults, trained = peft_choice(on_meta(name), list(ours), heads)
-    rows = sorted({parts for parts in ours.values() if parts})
-    chosen = pattern(ours) + "".join(f" rows {', '.join(parts)}" for parts in rows) if ours else "refused"
+    letters = sorted({parts for parts in ours.values() if parts})
+    chosen = pattern(ours) + "".join(f" rows {', '.join(parts)}" for parts in letters) if ours else "refused"
     if defaults is None:
         theirs = "none"
     else:
-        theirs = "the same" if set(defaults) == set(ours) and not rows else pattern(defaults)
+        theirs = "the same" if set(defaults) == set(ours) and not letters else pattern(defaults)
     values = sum(p.numel() for p in model.parameters())
     listed = (", ".join(f"`{head}`" for head in found) for found in (heads, trained))
     refused = [r.method for r in rows if r.architecture == name and not r.hosts]
@@ -170,8 +170,8 @@ def document(rows: Sequence[Row], choices: Sequence[Sequence[object]], command: 
     return f"""# Architectures of transformers
 
 Models on the meta device at their configuration's default sizes; each method on its default hosts. `*` stands for the
-layers' numbers, `{{a,b}}` for several names. That each of them trains, saves, loads and folds exactly there is tested on
-tiny models of the same classes (`tests/test_text_architectures.py`).
+layers' numbers, `{{a,b}}` for several names. That each trains, saves, loads and folds exactly there is tested on tiny
+models of the same classes (`tests/test_text_architectures.py`).
 
 {measured(command, seconds, ("transformers", "peft"))}
 
@@ -196,8 +196,9 @@ NOTES = """Where they differ, and why:
 
 - **none**: PEFT's list is by `model_type` and lacks these; ours goes by the names of projections and needs no list.
 - **modernbert**: `Wqkv` is one Linear. We adapt its rows of q and of v, each with factors of its own, and leave k.
-- **gpt_neox, falcon, bloom**: `query_key_value` holds q, k and v head by head. Both adapt it whole, k too. So do we in
-  **phi3**, whose `qkv_proj` has fewer rows of k and v than of q where heads are grouped.
+- **gpt_neox, falcon, bloom**: `query_key_value` holds q, k and v head by head; falcon's, by its configuration, one k and
+  v behind all heads of q. Both adapt it whole, k too. So do we in **phi3**, whose `qkv_proj` has fewer rows of k and v
+  than of q where heads are grouped.
 - **gpt2**: `c_attn` is transformers' `Conv1D`, which stores its weight transposed. PEFT adapts it whole. A weight delta
   is refused here; with an `nn.Linear` of the transposed weight in its place, the rows of q and v are found.
 - **Heads**: DeBERTa's pooler and the `classification_head` of BART and T5 are as new as the classifier, so they are
@@ -207,8 +208,8 @@ What else to know:
 
 - **albert**: all its layers are one, so a method has one layer's hosts; their deltas act at every depth, and their
   gradients are summed over it. Its attention ends in a residual sum and a norm: a Houlsby adapter there comes after it.
-- **siglip**: the vision encoder pools by a block called `head`: alone it takes that for its classifier. In
-  SiglipForImageClassification adapters have a host there, which trains in vain, since that model does not pool with it.
+- **siglip**: text and vision encoder end in a module called `head`. Of an encoder alone it counts as the classifier. In
+  SiglipForImageClassification, which does not use it, adapters have a host there that trains in vain.
 - **Prefix** needs torch's scaled_dot_product_attention: deberta-v2, mpnet and bloom compute their softmax by themselves
   and are refused, as is any model set to "eager". T5 calls it in transformers 5.
 - **parallel** runs beside an MLP that is one module. BERT's is two, `intermediate` and `output`, and BART's is none."""

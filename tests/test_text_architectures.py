@@ -144,8 +144,8 @@ CASES = {
     ),
     "clip_text_model": Case(TEXT, "encoder.layers.0", **CLIP),
     "clip_vision_model": Case(IMAGE, "encoder.layers.0", **CLIP),
-    "siglip_text_model": Case(TEXT, "encoder.layers.0", **CLIP),
-    "siglip_vision_model": Case(IMAGE, "encoder.layers.0", **CLIP | {"head": ["head"]}),  # its pooling is called so
+    "siglip_text_model": Case(TEXT, "encoder.layers.0", **CLIP | {"head": ["head"]}),
+    "siglip_vision_model": Case(IMAGE, "encoder.layers.0", **CLIP | {"head": ["head"]}),
     "siglip": Case(
         {"vision_config": IMAGE, "text_config": TEXT},
         "vision_model.encoder.layers.0",
