@@ -56,9 +56,9 @@ ARCHITECTURES = {
 }
 METHODS: dict[str, cv.Method] = {
     "LoRA": cv.LoRA(),
-    "Adapter, pfeiffer": cv.Adapter(),
-    "Adapter, houlsby": cv.Adapter(where="houlsby"),
-    "Adapter, parallel": cv.Adapter(where="parallel"),
+    "pfeiffer adapter": cv.Adapter(),
+    "houlsby adapter": cv.Adapter(where="houlsby"),
+    "parallel adapter": cv.Adapter(where="parallel"),
     "Prefix": cv.Prefix(),
 }
 COLUMNS = ("architecture", "method", "hosts", "trained values", "which")
@@ -121,14 +121,14 @@ def sweep(names: Sequence[str]) -> Iterator[Row]:
 def pattern(names: Iterable[str]) -> str:
     """Globs for the names, those that differ in their last component only in one.
 
-    >>> pattern(["layer.0.attn.q", "layer.0.attn.v", "layer.1.attn.q", "layer.1.attn.v"])
+    >>> pattern(["layer.0.attn.v", "layer.0.attn.q", "layer.1.attn.v", "layer.1.attn.q"])
     '`layer.*.attn.{q,v}`'
     """
     owners: dict[str, dict[str, None]] = {}
     for name in names:
         owner, _, last = re.sub(r"\b\d+\b", "*", name).rpartition(".")
         owners.setdefault(owner, {})[last] = None
-    lasts = [(owner, list(last)) for owner, last in owners.items()]
+    lasts = [(owner, sorted(last)) for owner, last in owners.items()]
     globs = [(owner, last[0] if len(last) == 1 else "{" + ",".join(last) + "}") for owner, last in lasts]
     return ", ".join(f"`{'.'.join(filter(None, parts))}`" for parts in globs)
 
@@ -196,9 +196,9 @@ NOTES = """Where they differ, and why:
 
 - **none**: PEFT's list is by `model_type` and lacks these; ours goes by the names of projections and needs no list.
 - **modernbert**: `Wqkv` is one Linear. We adapt its rows of q and of v, each with factors of its own, and leave k.
-- **gpt_neox, falcon, bloom**: `query_key_value` holds q, k and v head by head; falcon's, by its configuration, one k and
-  v behind all heads of q. Both adapt it whole, k too. So do we in **phi3**, whose `qkv_proj` has fewer rows of k and v
-  than of q where heads are grouped.
+- **gpt_neox, falcon, bloom**: `query_key_value` holds q, k and v head by head; falcon's, by its configuration, one k
+  and v behind all heads of q. Both adapt it whole, k too. So do we in **phi3** where its heads are grouped and
+  `qkv_proj` has fewer rows of k and v than of q.
 - **gpt2**: `c_attn` is transformers' `Conv1D`, which stores its weight transposed. PEFT adapts it whole. A weight delta
   is refused here; with an `nn.Linear` of the transposed weight in its place, the rows of q and v are found.
 - **Heads**: DeBERTa's pooler and the `classification_head` of BART and T5 are as new as the classifier, so they are

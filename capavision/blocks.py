@@ -14,7 +14,7 @@ _MLP_NAMES = {"mlp", "ffn", "feed_forward", "mlp_channels", "DenseReluDense"}
 
 def mlps(model: nn.Module) -> list[str]:
     """The outermost MLPs, by name or class; token mixers, position MLPs and the classifier's own do not count."""
-    heads = set(classifier(model).values())
+    heads = {part for head in classifier(model).values() for part in head.modules()}
     inner = tuple(f"{owner}." for owner in attentions(model))  # position MLPs inside an attention
     found: list[str] = []
     for name, module in model.named_modules():

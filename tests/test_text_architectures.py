@@ -196,6 +196,14 @@ REFUSED = {
 }
 
 
+def test_the_classifiers_own_mlp_takes_no_adapter():
+    model = tiny("siglip_vision_model")
+    assert "mlp" in dict(model.head.named_children())
+    for where in ("pfeiffer", "houlsby", "parallel"):
+        report = cv.inject(twin(model), cv.Adapter(rank=4, where=where), example=example(model))
+        assert all(host.startswith("encoder.layers.") for host in report.hosts)
+
+
 def test_every_architecture_of_the_document_is_tested():
     assert CASES.keys() == ARCHITECTURES.keys()
 
