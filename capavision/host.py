@@ -19,7 +19,7 @@ How it works:
 
     class PrefixedAttention(Attention):       # an attention: its one softmax sees more keys and values
         def forward(self, *args, **kwargs):
-            with Prepend(*self.delta()):
+            with Prepend(*self.delta()):          # refused if no softmax came by: transformers' switch to "eager"
                 return Attention.forward(self, *args, **kwargs)
 
     class MaskedLinear(nn.Linear):            # one depth of a weight-tied model, see capavision.tying
@@ -40,7 +40,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from capavision import merged
 from capavision.delta import AttentionDelta, Delta, OutputDelta, WeightDelta, adapted, input_name
-from capavision.softmax import Prepend
+from capavision.softmax import Prepend, other_softmax
 from capavision.wrappers import is_sharded
 
 SLOT = "delta"
@@ -145,8 +145,12 @@ def _links(host: Any) -> Iterator[nn.Module]:
 
 def _prefixed_body(base: type) -> dict[str, Any]:
     def forward(host: Any, *args: Any, **kwargs: Any) -> Any:
-        with Prepend(*host.delta()):
-            return base.forward(host, *args, **kwargs)  # type: ignore[attr-defined]
+        prefix = Prepend(*host.delta())
+        with prefix:
+            y = base.forward(host, *args, **kwargs)  # type: ignore[attr-defined]
+        if not prefix.used:
+            raise ValueError(f"{other_softmax(host, base, 0)}, so its prefix would do nothing")
+        return y
 
     # timm's flag for the call that Prepend waits for; a switch of the base class must not lead past the prefix
     return {"forward": forward, "fused_attn": property(lambda host: True)}

@@ -126,7 +126,7 @@ def test_every_architecture_of_timm_is_in_the_sweep():
 
 
 def test_what_fails_in_one_architecture_is_its_row(monkeypatch):
-    def fail(model, method):
+    def fail(model, method, **_):
         raise RuntimeError("no such luck")
 
     monkeypatch.setattr(cv, "inject", fail)
