@@ -145,7 +145,7 @@ def test_a_wrong_setting_names_the_right_ones(argv, message):
 def test_a_batch_that_drop_last_would_drop_is_refused():
     assert Config(task="dtd", batch_size=300).steps(1000) == 4
     assert Config(task="dtd", batch_size=300, drop_last=True).steps(1000) == 3
-    with pytest.raises(ValueError, match="leaves no batch of 1000 images"):
+    with pytest.raises(ValueError, match="leaves no batch of 1000 examples"):
         Config(task="dtd", batch_size=1001, drop_last=True).steps(1000)
 
 

@@ -58,7 +58,7 @@ def flag(field: str) -> str:
 
 
 def add_fields(parser: Any, config: type, choices: Mapping[str, Iterable[str]] = MappingProxyType({})) -> None:
-    """One flag for each field of the dataclass `config` that its docstring explains.
+    """One flag for each field of the dataclass `config` that its docstring explains, its bases' fields last.
 
     Args:
         parser: gets the flags.
@@ -66,7 +66,8 @@ def add_fields(parser: Any, config: type, choices: Mapping[str, Iterable[str]] =
         choices: the values that a field may have, for the help; the dataclass itself refuses others.
     """
     hints, docs = get_type_hints(config), field_docs(config)
-    for field in (f for f in dataclasses.fields(config) if f.name in docs):
+    explained = [field for field in dataclasses.fields(config) if field.name in docs]
+    for field in sorted(explained, key=lambda field: field.name not in inspect.get_annotations(config)):
         kind, default = _plain(hints[field.name]), field.default
         told = default not in (None, "", dataclasses.MISSING) and default is not False
         shown = f" (default: {default})" if told else ""

@@ -4,8 +4,8 @@ import dataclasses
 from typing import Any
 
 import capavision as cv
-from vtab.config import Config
 from vtab.recipes import RECIPES
+from vtab.training import Training
 
 SIZES = {"rank": "r", "length": "l"}
 SCALES = ("alpha", "scale")
@@ -16,12 +16,13 @@ def scale_field(method: cv.Method) -> str | None:
     return next((name for name in SCALES if hasattr(method, name)), None)
 
 
-def method(config: Config) -> str:
+def method(config: Training) -> str:
     """The run's method: "lora r8", "capaboost-lora r8 x2", then what differs from its defaults.
 
     What --tune chooses and what a recipe sets by task is left out: it differs between the runs of one table row.
 
     >>> from capavision import LoRA
+    >>> from vtab.config import Config
     >>> method(Config(task="dtd", method=LoRA(branches=2, density=0.25)))
     'capaboost-lora r8 x2 density=0.25'
     """

@@ -1,11 +1,11 @@
 """The training loop: epochs over images that stay on the device, a checkpoint after each."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -15,39 +15,60 @@ from tqdm import tqdm
 import capavision as cv
 from vtab import checkpoint, record
 from vtab.compiled import forward_of
-from vtab.config import Config
 from vtab.evaluate import autocast
 from vtab.prefix import FrozenPrefix
 from vtab.schedule import Schedule, make_optimizer
+from vtab.training import Training
 
 
 @dataclass
 class Loop:
     """What is trained, on what and how.
 
-    images, labels: all training images, uint8 (n, H, W, 3), and their classes, on the model's device
+    inputs, labels: all training images, uint8 (n, H, W, 3), and their classes, on the model's device
     normalize: uint8 images to the model's input
     clock: stands around "data", "forward", "backward" and "optimizer" of each step, to measure them
     """
 
     model: nn.Module
-    images: Tensor
+    inputs: Any
     labels: Tensor
     normalize: Callable[[Tensor], Tensor]
-    config: Config
+    config: Training
     clock: Callable[[str], AbstractContextManager[Any]] = nullcontext
+    unit: ClassVar[str] = "img"
 
     def __post_init__(self) -> None:
-        self.forward = forward_of(self.model, self.config)
-        self.prefix: Callable[[Tensor], AbstractContextManager[Any]] = nullcontext
-        if self.config.cache_frozen_prefix:
-            self.prefix = FrozenPrefix(
-                self.model, self.images, self.normalize, self.config.batch_size, self.config.precision
-            )
+        self.forward, self.prefix = self.passes()
         self.trained = cv.parameters(self.model)
-        self.optimizer = make_optimizer(self.model, self.config, fused=self.images.device.type == "cuda")
-        self.steps = self.config.steps(len(self.images))
+        self.optimizer = make_optimizer(self.model, self.config, fused=self.inputs.device.type == "cuda")
+        self.steps = self.config.steps(len(self.inputs))
         self.schedule = Schedule(self.optimizer, self.config, self.steps)
+
+    def passes(self) -> tuple[Callable[[Any], Tensor], Callable[[Any], AbstractContextManager[Any]]]:
+        """The model's forward pass, and what stands around it for a batch."""
+        config: Any = self.config
+        prefix: Callable[[Any], AbstractContextManager[Any]] = nullcontext
+        if config.cache_frozen_prefix:
+            prefix = FrozenPrefix(self.model, self.inputs, self.normalize, config.batch_size, config.precision)
+        return forward_of(self.model, config), prefix
+
+    def draw(self) -> Sequence[Any]:
+        """The batches of an epoch in a new order, each whatever `batch` understands."""
+        order = torch.randperm(len(self.inputs)).to(self.inputs.device)
+        return order.split(self.config.batch_size)[: self.steps]
+
+    def batch(self, chosen: Any) -> tuple[Any, Tensor]:
+        """The model's input and the labels."""
+        return self.normalize(self.inputs[chosen]), self.labels[chosen]
+
+    def loss(self, outputs: Tensor, labels: Tensor) -> Tensor:
+        """What is minimised: of a classifier the cross entropy."""
+        return F.cross_entropy(outputs, labels)
+
+    def right(self, outputs: Tensor, labels: Tensor) -> Tensor | None:
+        """How many of a batch are right; None where there is no right and wrong."""
+        return (outputs.argmax(1) == labels).sum()
 
     def fit(
         self, folder: Path, watch: Callable[[int], dict[str, float]] = lambda epoch: {}, until: int | None = None
@@ -67,9 +88,9 @@ class Loop:
             history = checkpoint.read(saved, self.model, self.optimizer)["history"]
             record.write_metrics(folder, history)
             print(f"resuming after epoch {len(history)} of {config.epochs}")
-        last, seen = until or config.epochs, min(len(self.images), self.steps * config.batch_size)
+        last, seen = until or config.epochs, min(len(self.inputs), self.steps * config.batch_size)
         done, total = len(history) * seen, last * seen
-        with tqdm(total=total, initial=done, unit="img", desc="train", mininterval=0.5) as bar:
+        with tqdm(total=total, initial=done, unit=self.unit, desc="train", mininterval=0.5) as bar:
             for epoch in range(len(history), last):
                 row = self.epoch(epoch, bar)
                 bad = row.pop("bad_step")
@@ -87,8 +108,7 @@ class Loop:
         """One pass over the training images; the losses stay on the device, so that a GPU is never waited for."""
         # Seeded by epoch, so that a resumed run draws what an uninterrupted one would have drawn.
         torch.manual_seed(self.config.seed * 1_000_003 + epoch)
-        device, size = self.images.device, self.config.batch_size
-        batches = torch.randperm(len(self.images)).to(device).split(size)[: self.steps]
+        device, batches = self.inputs.device, self.draw()
         losses, correct = torch.zeros(self.steps, device=device), torch.zeros((), device=device)
         start, seen = time.perf_counter(), 0
         self.model.train()
@@ -96,28 +116,27 @@ class Loop:
             self.schedule.step_update(epoch * self.steps + step)
             loss, right = self.step(chosen)
             losses[step] = loss * len(chosen)
-            correct += right
+            correct = None if right is None else correct + right
             seen += len(chosen)
             # Reading a figure waits for a GPU, so that one is asked at the end alone.
             if step == self.steps - 1 or (step % 8 == 7 and device.type == "cpu"):
-                bar.set_postfix(loss=f"{losses.sum().item() / seen:.3f}", acc=f"{100 * correct.item() / seen:.1f} %")
+                bar.set_postfix({name: f"{value:.4g}" for name, value in _means(losses, correct, seen).items()})
             bar.update(len(chosen))
         return {
             "epoch": epoch + 1,
-            "loss": losses.sum().item() / seen,
-            "accuracy": 100 * correct.item() / seen,
+            **_means(losses, correct, seen),
             "lr": self.optimizer.param_groups[0]["lr"],
             "seconds": time.perf_counter() - start,
             "bad_step": self._bad_step(losses),
         }
 
-    def step(self, chosen: Tensor) -> tuple[Tensor, Tensor]:
-        """One update by the images `chosen`; their mean loss, and how many were right."""
+    def step(self, chosen: Any) -> tuple[Tensor, Tensor | None]:
+        """One update by the batch `chosen`; its mean loss, and how many were right."""
         with self.clock("data"):
-            x, y = self.normalize(self.images[chosen]), self.labels[chosen]
-        with self.clock("forward"), autocast(self.images.device, self.config.precision), self.prefix(chosen):
-            logits = self.forward(x)
-            loss = F.cross_entropy(logits, y)
+            x, y = self.batch(chosen)
+        with self.clock("forward"), autocast(self.inputs.device, self.config.precision), self.prefix(chosen):
+            outputs = self.forward(x)
+            loss = self.loss(outputs, y)
         with self.clock("backward"):
             self.optimizer.zero_grad(set_to_none=True)
             loss.backward()
@@ -125,7 +144,7 @@ class Loop:
             if self.config.clip:
                 nn.utils.clip_grad_norm_(self.trained, self.config.clip)
             self.optimizer.step()
-        return loss.detach(), (logits.detach().argmax(1) == y).sum()
+        return loss.detach(), self.right(outputs.detach(), y)
 
     def _bad_step(self, losses: Tensor) -> int | None:
         finite = losses.isfinite()
@@ -134,3 +153,9 @@ class Loop:
         if not torch.stack([p.isfinite().all() for p in self.trained]).all():
             return len(losses)
         return None
+
+
+def _means(losses: Tensor, correct: Tensor | None, seen: int) -> dict[str, float]:
+    """Mean loss, and the share of the right ones in percent."""
+    found = {"loss": losses.sum().item() / seen}
+    return found if correct is None else found | {"accuracy": 100 * correct.item() / seen}

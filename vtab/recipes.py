@@ -258,7 +258,7 @@ _ROWS = (
 RECIPES = {recipe.name: recipe for recipe in _ROWS}
 
 
-def find(name: str) -> Recipe:
+def find(name: str, among: Mapping[str, Recipe] = RECIPES) -> Recipe:
     """The recipe called `name`.
 
     Raises:
@@ -267,18 +267,19 @@ def find(name: str) -> Recipe:
     >>> find("fact-tk").values("svhn", {})[1]
     {'rank': 32, 'alpha': 3200.0}
     """
-    if name not in RECIPES:
-        raise ValueError(f"unknown recipe {name!r}; {near(name, RECIPES)} python -m vtab.recipes lists all")
-    return RECIPES[name]
+    if name not in among:
+        raise ValueError(f"unknown recipe {name!r}; {near(name, among)} The help of --recipe says what lists all")
+    return among[name]
 
 
-def table() -> str:
-    """All recipes as Markdown: what each sets, what its authors searched and reported, and what we do otherwise."""
+def table(recipes: Mapping[str, Recipe] = RECIPES) -> str:
+    """The recipes as Markdown: what each sets, what its authors searched and reported, and what we do otherwise."""
     rows = ["| recipe | method | sets | searched | reported | differs here | source |", "|---|---|---|---|---|---|---|"]
-    for recipe in RECIPES.values():
-        run = recipe.run if recipe.name == "common" else {k: v for k, v in recipe.run.items() if COMMON.get(k) != v}
+    common = recipes["common"].run if "common" in recipes else {}
+    for recipe in recipes.values():
+        run = recipe.run if recipe.name == "common" else {k: v for k, v in recipe.run.items() if common.get(k) != v}
         sets = [f"{key} {_text(value)}" for key, value in {**run, **recipe.of_method}.items()]
-        sets = (["as common"] if recipe.name != "common" else []) + sets
+        sets = (["as common"] if common and recipe.name != "common" else []) + sets
         sets += [f"{name} by task" for name in recipe.by_task]
         cells = (recipe.name, recipe.method or "any", ", ".join(sets), recipe.searched, recipe.reported)
         rows.append(f"| {' | '.join(cells)} | {'; '.join(recipe.differs)} | {recipe.source} |")

@@ -11,7 +11,7 @@ import json
 import platform
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +22,10 @@ from filelock import FileLock, Timeout
 import capavision as cv
 from capavision.files import replacing
 from vtab import labels, plots, protocol, recipes
-from vtab.config import Config, young_fields
 from vtab.evaluate import accuracy
 from vtab.setup import Setup
 from vtab.textfile import read_json, write
+from vtab.training import Training
 
 SHOWN = 16  # test images in predictions.png
 BEGUN = ("checkpoint.safetensors", "adapter.safetensors", "result.json", "tuning.json")  # with config.json: a run's
@@ -36,7 +36,7 @@ def write_metrics(folder: Path, history: list[dict[str, Any]]) -> None:
     write(folder / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in history))
 
 
-def check(folder: Path, config: Config) -> None:
+def check(folder: Path, config: Training) -> None:
     """Is the folder free, or the same run's? A folder whose run finished no epoch counts as free.
 
     Raises:
@@ -47,7 +47,7 @@ def check(folder: Path, config: Config) -> None:
         found = read_json(written)
         if not isinstance(found, dict):
             raise ValueError(f"{written} holds no settings; give this run another --name")
-        found = young_fields() | found
+        found = config.young() | found
         shaping = (settings.keys() | found.keys()) - {"out", "cache"}
         changed = sorted(k for k in shaping if settings.get(k) != found.get(k))
         if changed:
@@ -58,7 +58,7 @@ def check(folder: Path, config: Config) -> None:
         raise ValueError(f"{folder} exists and is no run of ours; give another --name or --out")
 
 
-def claim(folder: Path, config: Config) -> None:
+def claim(folder: Path, config: Training) -> None:
     """Write the settings, and clear what a process left that was killed while writing; only under the run's lock."""
     for leftover in folder.glob(".*.part*"):
         leftover.unlink(missing_ok=True)
@@ -84,6 +84,24 @@ def alone(folder: Path) -> Iterator[None]:
     finally:
         forget(folder)  # under the lock: a folder with nothing but settings may be another's first epoch
         lock.release()
+
+
+def once(config: Training, work: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
+    """result.json of a run: what `work` makes in its folder, which is this process's meanwhile, or what an earlier call
+    made there.
+
+    Raises:
+        ValueError: the folder holds something else, or another process has it.
+    """
+    folder = config.folder()
+    check(folder, config)
+    with alone(folder):
+        claim(folder, config)
+        if (folder / "result.json").is_file():
+            print(f"{folder} is finished already; --name another, or delete it to train again")
+            done: dict[str, Any] = read_json(folder / "result.json")
+            return done
+        return work(folder)
 
 
 def forget(folder: Path) -> None:
@@ -120,23 +138,14 @@ def conclude(
         "interval95": score.interval,
         "images": score.total,
         "images_in_full_split": len(data.splits[setup.judge]),
-        "method": labels.method(config),
-        "recipe": config.recipe,
         "recipe_differs": recipes.find(config.recipe).unlike(data.task) if config.recipe else [],
         "tuning": tuning,
-        "seed": config.seed,
-        "trained_parameters": setup.report.trained,
-        "stored_parameters": setup.report.stored,
-        "head_parameters": setup.report.head,
-        "base_parameters": setup.report.total,
-        "seconds_training": sum(row["seconds"] for row in history),
-        "seconds_evaluation": seconds,
+        **costs(config, setup.report, history, seconds),
         "selection": protocol.selection(config, history, tuning),
         "data": {"source": data.source, "splits": {k: len(s) for k, s in data.splits.items()}, **data.facts},
         "normalization": config.norm,
         "preprocessing": setup.preprocessing.record(),
         "base": setup.checkpoint,
-        "config": config.record(),
         "environment": environment(setup.device),
     }
     write(folder / "result.json", json.dumps(result, indent=1))
@@ -144,6 +153,29 @@ def conclude(
     said = f"{data.task} ({data.source}): {setup.judge} top-1 {score}, {setup.report.trained:,} trained values"
     print("\n".join(filter(None, (said, protocol.label(config), str(folder)))))
     return result
+
+
+def costs(config: Training, report: cv.Report, history: list[dict[str, Any]], seconds: float) -> dict[str, Any]:
+    """Of a result: the settings, and what they cost.
+
+    Args:
+        config: the settings.
+        report: of the injection.
+        history: a record an epoch.
+        seconds: of the last look.
+    """
+    return {
+        "method": labels.method(config),
+        "recipe": config.recipe,
+        "seed": config.seed,
+        "trained_parameters": report.trained,
+        "stored_parameters": report.stored,
+        "head_parameters": report.head,
+        "base_parameters": report.total,
+        "seconds_training": sum(row["seconds"] for row in history),
+        "seconds_evaluation": seconds,
+        "config": config.record(),
+    }
 
 
 def pictures(setup: Setup, folder: Path, history: list[dict[str, Any]], probabilities: np.ndarray) -> None:

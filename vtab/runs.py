@@ -18,6 +18,12 @@ CURVES = ("accuracy", "val_accuracy", "test_accuracy")  # of an epoch, in percen
 ELSEWHERE = {"task", "method", "seed", "out", "name", "device", "data_root", "split_file"}  # no setting of the training
 
 
+def score(result: dict[str, Any]) -> float:
+    """What judges a run, in percent: top-1 accuracy, or the metric that its result names."""
+    found: float = result["score"] if result.get("metric", "accuracy") != "accuracy" else result["accuracy"]
+    return found
+
+
 @dataclass(frozen=True)
 class Run:
     """A finished run.

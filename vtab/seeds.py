@@ -6,28 +6,30 @@ from collections.abc import Callable
 from typing import Any
 
 from vtab import protocol
-from vtab.config import Config, configure, parser_for
+from vtab.command import Command
+from vtab.runs import score
+from vtab.training import Training
 
 MOST = 100
 
 
-def commands(argv: list[str] | None = None) -> list[Config]:
-    """The command line as one Config a seed: one alone without --seeds.
+def commands(command: Command, argv: list[str] | None = None) -> list[Any]:
+    """The command line as settings, one for each seed: one alone without --seeds.
 
     Raises:
-        ValueError: seeds that are no count and no list, --seed beside --seeds; else as `vtab.config.parse`.
+        ValueError: seeds that are no count and no list, --seed beside --seeds; else as `Command.parse`.
     """
-    parser, method, recipe = parser_for(argv)
+    parser, method, recipe = command.parser(argv)
     parser.add_argument(
         "--seeds", metavar="N|LIST", help="run several seeds one after another: 3 is 0,1,2; prints mean and spread"
     )
     values = parser.parse_args(argv)
     text = vars(values).pop("seeds")
     if text is None:
-        return [configure(values, method, recipe)]
+        return [command.configure(values, method, recipe)]
     if "seed" in values:
         raise ValueError("--seeds says which seeds there are; leave --seed out")
-    config, seeds = configure(values, method, recipe), parse(text)
+    config, seeds = command.configure(values, method, recipe), parse(text)
     if config.tune and config.tune_seed is None:
         config = dataclasses.replace(config, tune_seed=seeds[0])
     return [dataclasses.replace(config, seed=seed, name=config.name and f"{config.name}-s{seed}") for seed in seeds]
@@ -51,11 +53,11 @@ def parse(text: str) -> list[int]:
     return found
 
 
-def run_all(configs: list[Config], run: Callable[..., dict[str, Any]]) -> dict[str, Any]:
+def run_all(configs: list[Any], run: Callable[..., dict[str, Any]]) -> dict[str, Any]:
     """All runs one after another; with --tune the search happens once, in the first one's folder.
 
     Returns:
-        The accuracies by seed, their mean and sample standard deviation (None for one seed), and each result.
+        The scores by seed, their mean and sample standard deviation (None for one seed), and each result.
     """
     results: list[dict[str, Any]] = []
     for config in configs:
@@ -67,8 +69,8 @@ def run_all(configs: list[Config], run: Callable[..., dict[str, Any]]) -> dict[s
 
 
 def summarise(results: list[dict[str, Any]]) -> dict[str, Any]:
-    """Mean and sample standard deviation of the accuracy over seeds."""
-    found = [result["accuracy"] for result in results]
+    """Mean and sample standard deviation over seeds of the accuracy, or of what else the task is judged by."""
+    found = [score(result) for result in results]
     return {
         "task": results[0]["task"],
         "method": results[0]["method"],
@@ -81,16 +83,21 @@ def summarise(results: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def told(config: Config, summary: dict[str, Any]) -> str:
-    """The summary as text: each seed's accuracy with the interval its images allow, then mean and spread."""
+def told(config: Training, summary: dict[str, Any]) -> str:
+    """The summary as text: mean and spread, then each seed's accuracy with the interval its images allow."""
     lines = []
     for result in summary["runs"]:
-        low, high = result["interval95"]
-        said = f"{result['accuracy']:.1f} % ({low:.1f} … {high:.1f}, n = {result['images']:,})"
+        count = f"n = {result['images']:,}"
+        if (metric := result.get("metric", "accuracy")) == "accuracy":
+            low, high = result["interval95"]
+            said = f"{result['accuracy']:.1f} % ({low:.1f} … {high:.1f}, {count})"
+        else:
+            said = f"{metric} {score(result):.1f} ({count})"
         lines.append(f"  seed {result['seed']}: {result['split']} {said}")
     spread = "one seed has no spread" if summary["std"] is None else f"± {summary['std']:.2f}"
     count = len(summary["seeds"])
-    mean = f"{summary['task']}, {summary['method']}: {summary['mean']:.2f} % {spread}"
+    unit = "%" if summary["runs"][0].get("metric", "accuracy") == "accuracy" else summary["runs"][0]["metric"]
+    mean = f"{summary['task']}, {summary['method']}: {summary['mean']:.2f} {unit} {spread}"
     mean += f", mean and standard deviation of {count} seed{'s' if count > 1 else ''}"
     if config.tune:
         mean += f"; tuned once, with seed {config.tune_seed}"

@@ -13,16 +13,15 @@ import torch
 
 import capavision as cv
 from vtab import cli, protocol, record, seeds, tune
-from vtab.config import Config
+from vtab.config import TRAIN, Config
 from vtab.loop import Loop
 from vtab.setup import Setup, prepare
-from vtab.textfile import read_json
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Train as the command line says, or go on where the same command stopped; returns result.json, or with --seeds
     the mean and spread of several."""
-    configs = seeds.commands(argv)
+    configs = seeds.commands(TRAIN, argv)
     return run(configs[0]) if len(configs) == 1 else seeds.run_all(configs, run)
 
 
@@ -32,18 +31,14 @@ def run(config: Config, tuning: dict[str, Any] | None = None) -> dict[str, Any]:
     Args:
         tuning: what an earlier run of --tune chose, to be taken instead of a search.
     """
-    folder = config.folder()
-    record.check(folder, config)
-    with record.alone(folder):
-        record.claim(folder, config)
-        if (folder / "result.json").is_file():
-            print(f"{folder} is finished already; --name another, or delete it to train again")
-            done: dict[str, Any] = read_json(folder / "result.json")
-            return done
-        if config.tune:
-            tuning = tune.search(config, folder, attempt, tuning)
-            config = tune.chosen(config, tuning)
-        return train(config, folder, tuning)
+
+    def work(folder: Path) -> dict[str, Any]:
+        if not config.tune:
+            return train(config, folder, tuning)
+        found = tune.search(config, folder, attempt, tuning)
+        return train(tune.chosen(config, found), folder, found)
+
+    return record.once(config, work)
 
 
 def train(config: Config, folder: Path, tuning: dict[str, Any] | None = None) -> dict[str, Any]:

