@@ -22,7 +22,7 @@ from examples.text.encode import Encoded, check_vocabulary, encode
 from examples.text.loop import TextLoop, predict
 from examples.text.model import architecture, build_model, load_tokenizer, try_batch
 from examples.text.recipes import RECIPES
-from examples.text.settings import Classification
+from examples.text.settings import Classification, TextTraining
 from vtab import record
 from vtab.evaluate import Accuracy
 from vtab.setup import digest, pick_device
@@ -104,15 +104,35 @@ def prepare(config: Classification, folder: Path) -> TextSetup:
         "max_length": config.max_length,
         "pair": data.pair,
     }
-    tokenizer, model = load_tokenizer(config.model), build_model(text, folder, config.seed)
+    tokenizer = load_tokenizer(config.model)
     some = encode(tokenizer, data.splits["train"].head(256), config.max_length, torch.device("cpu"))
+    model, report, base = adapted(config, text, tokenizer, some, folder)
+    return TextSetup(config, data, text, model.to(device), tokenizer, report, base)
+
+
+def adapted(
+    config: TextTraining, text: dict[str, Any], tokenizer: Any, some: Encoded, folder: Path
+) -> tuple[nn.Module, cv.Report, str]:
+    """The run's model, injected, with the report and the digest of the weights underneath.
+
+    Args:
+        config: the settings.
+        text: the "text" entry of the adapter file's info.
+        tokenizer: the model's.
+        some: of the training texts, to try tokenizer and model with.
+        folder: the run's.
+
+    Raises:
+        ValueError: settings, texts, tokenizer and model that do not fit each other.
+    """
+    model = build_model(text, folder, config.seed)
     check_vocabulary(config.model, tokenizer, some, model.get_input_embeddings().num_embeddings)
     longest = {"input_ids": torch.full((1, config.max_length), int(some.ids[0, 0]))}
     try_batch(model, longest, config.model)
     example = some.inputs(some.batches(torch.arange(min(2, len(some))), 2)[0])
     base = digest(model)
     report = cv.inject(model, config.method, config.patterns, config.parts, seed=config.seed, example=example)
-    return TextSetup(config, data, text, model.to(device), tokenizer, report, base)
+    return model, report, base
 
 
 def watcher(setup: TextSetup) -> Any:
@@ -133,9 +153,14 @@ def save(setup: TextSetup, folder: Path) -> None:
     """The adapter with all that whoever loads it must know, the tokenizer and the model's configuration."""
     info = {"task": setup.data.task, "source": setup.data.source, "stage": setup.config.stage, "text": setup.text}
     cv.save(setup.model, folder / "adapter.safetensors", classes=setup.data.labels, info=info)
+    save_sources(setup.model, setup.tokenizer, folder)
+
+
+def save_sources(model: Any, tokenizer: Any, folder: Path) -> None:
+    """The tokenizer and the model's configuration, as transformers saves them."""
     with tempfile.TemporaryDirectory() as temporary:
-        setup.tokenizer.save_pretrained(temporary)
-        setup.model.config.save_pretrained(f"{temporary}/model_config")
+        tokenizer.save_pretrained(temporary)
+        model.config.save_pretrained(f"{temporary}/model_config")
         for path in sorted(Path(temporary).rglob("*")):
             if path.is_file():
                 write(folder / path.relative_to(temporary), path.read_text(encoding="utf-8"))
@@ -168,11 +193,11 @@ def conclude(setup: TextSetup, folder: Path, history: list[dict[str, Any]]) -> d
         "images_in_full_split": len(data.splits[judge]),
         "recipe_differs": RECIPES[config.recipe].unlike(data.task) if config.recipe else [],
         **record.costs(config, setup.report, history, seconds),
-        "selection": {"settings": _settings(config), "epoch": "the last", "looks_at_test": int(judge == "test")},
+        "selection": {"settings": origin(config), "epoch": "the last", "looks_at_test": int(judge == "test")},
         "data": {"source": data.source, "splits": {k: len(s) for k, s in data.splits.items()}, **data.facts},
         "text": setup.text,
         "base": {"model": config.model, "weights": "pretrained", "digest": setup.digest, "img_size": None},
-        "environment": _environment(setup.device),
+        "environment": environment(setup.device),
     }
     write(folder / "result.json", json.dumps(result, indent=1))
     (folder / "checkpoint.safetensors").unlink(missing_ok=True)
@@ -185,11 +210,13 @@ def _accuracy(setup: TextSetup, texts: Texts, logits: Tensor) -> Accuracy:
     return Accuracy(int(np.sum(setup.predicted(logits) == texts.labels)), len(texts))
 
 
-def _settings(config: Classification) -> str:
+def origin(config: TextTraining) -> str:
+    """Where the settings come from, for the record."""
     return "the command line" if config.recipe is None else f"recipe {config.recipe} and the command line"
 
 
-def _environment(device: torch.device) -> dict[str, Any]:
+def environment(device: torch.device) -> dict[str, Any]:
+    """Versions, machine and commit, for the record."""
     import tokenizers
     import transformers
 

@@ -1,13 +1,16 @@
 """The settings of text runs, beside those that every training has."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 from capavision.targets import near
 from examples.text.metrics import METRICS
 from examples.text.recipes import RECIPES
 from vtab import limits, recipes
 from vtab.cli import flag
+from vtab.recipes import Recipe
 from vtab.training import Training
 
 
@@ -18,6 +21,8 @@ class TextTraining(Training):
     model: demo (MiniLM, from a Python package), a name on the Hugging Face hub, or a folder that save_pretrained wrote
     max_length: tokens of a text, the special ones included; what is longer is cut
     """
+
+    known: ClassVar[Mapping[str, Recipe]] = RECIPES
 
     model: str = "demo"
     max_length: int = 128
@@ -30,7 +35,7 @@ class TextTraining(Training):
         """Raise ValueError, with the cure, for the first setting that cannot be."""
         limits.check_training(self)
         if self.recipe is not None:
-            recipes.find(self.recipe, RECIPES)
+            recipes.find(self.recipe, self.known)
         if self.max_length < 1:
             raise ValueError(f"--max-length {self.max_length} must be at least 1")
 

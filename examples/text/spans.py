@@ -26,16 +26,17 @@ OUTSIDE = (-1, -1)  # offsets of what is no token of the context
 
 @dataclass(frozen=True)
 class Window:
-    """One row for the model.
+    """One row for the model, unpadded.
 
-    inputs: by the model's names, unpadded
+    ids, types: its tokens, and of models that tell question from context the number of the part
     question: index of its question
     offsets: (tokens, 2), the first character of each context token and the one after its last; OUTSIDE for others
     null: the position that stands for no answer
     label: first and last token of the answer; None where the tokenizer gives the answer no token at all
     """
 
-    inputs: dict[str, NDArray[np.int32]]
+    ids: NDArray[np.int32]
+    types: NDArray[np.int32] | None
     question: int
     offsets: NDArray[np.int32]
     null: int
@@ -78,13 +79,8 @@ def windows(squad: Squad, tokenizer: Any, max_length: int, stride: int) -> list[
         stride: tokens of the context that two neighbouring windows share.
 
     Raises:
-        ValueError: a slow tokenizer; a question that leaves no room; a context without tokens.
+        ValueError: a question that leaves no room, a context without tokens.
     """
-    if not tokenizer.is_fast:
-        raise ValueError(
-            f"{type(tokenizer).__name__} is a slow tokenizer, which does not tell where in the text its tokens stand; "
-            "choose a --model with a tokenizer.json, or convert this one"
-        )
     found: list[Window] = []
     for first in range(0, len(squad), CHUNK):
         chunk = squad.questions[first : first + CHUNK]
@@ -123,13 +119,14 @@ def _of_question(question: Question, number: int, batch: Any, rows: list[int], t
     offsets = [_offsets(question.context, batch["offset_mapping"][row], batch.sequence_ids(row)) for row in rows]
     if not any((o[:, 1] > 0).any() for o in offsets):
         raise ValueError(f"the tokenizer makes no token of the context of question {question.id}; remove the question")
-    names = [name for name in tokenizer.model_input_names if name in batch]
+    typed = "token_type_ids" in tokenizer.model_input_names and "token_type_ids" in batch
     whole = _tokens_of(question, offsets)
     for row, window in zip(rows, offsets, strict=True):
-        inputs = {name: np.array(batch[name][row], np.int32) for name in names}
-        null = _null(inputs["input_ids"], tokenizer)
+        ids = np.array(batch["input_ids"][row], np.int32)
+        types = np.array(batch["token_type_ids"][row], np.int32) if typed else None
+        null = _null(ids, tokenizer)
         label = None if question.answers and not whole else (whole and _label(window, whole)) or (null, null)
-        yield Window(inputs, number, window, null, label)
+        yield Window(ids, types, number, window, null, label)
 
 
 def _offsets(context: str, mapping: list[tuple[int, int]], sequences: list[int | None]) -> NDArray[np.int32]:

@@ -9,10 +9,14 @@ impossible: is_impossible is true and answers is empty. Whatever else a file hol
 
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from capavision.hub import asked_once
+from capavision.targets import near
 from vtab.textfile import read_json
 
 LIMIT = 1 << 30  # bytes of a file; SQuAD's largest has 42 million
@@ -60,9 +64,44 @@ class Squad:
     def answerable(self) -> int:
         return sum(bool(question.answers) for question in self.questions)
 
+    @property
+    def contexts(self) -> list[str]:
+        """Each context once."""
+        return list(dict.fromkeys(question.context for question in self.questions))
+
     def head(self, count: int | None) -> "Squad":
         """The first `count` questions; None is all."""
-        return Squad(self.questions[:count], self.version, self.source)
+        return replace(self, questions=self.questions[:count])
+
+    def drawn(self, count: int | None, seed: int) -> "Squad":
+        """`count` of the questions in their order; None is all.
+
+        Raises:
+            ValueError: there are fewer.
+        """
+        if count is None:
+            return self
+        if count > len(self):
+            raise ValueError(f"--train-size {count} is more than the {len(self)} questions of {self.source}; lower it")
+        kept = np.sort(np.random.default_rng(seed).permutation(len(self))[:count])
+        return replace(self, questions=tuple(self.questions[i] for i in kept))
+
+    def split(self, share: float, seed: int) -> tuple["Squad", "Squad"]:
+        """The questions in two parts, the second of `share` of the contexts: none is in both.
+
+        Raises:
+            ValueError: there is only one context.
+        """
+        contexts = self.contexts
+        if len(contexts) < 2:
+            raise ValueError(
+                f"{self.source} has one context, and --stage tune needs some to train on and others to watch"
+            )
+        count = min(max(round(share * len(contexts)), 1), len(contexts) - 1)
+        kept = {contexts[i] for i in np.random.default_rng(seed).permutation(len(contexts))[:count]}
+        parts = ([q for q in self.questions if (q.context in kept) == chosen] for chosen in (False, True))
+        first, second = (replace(self, questions=tuple(part)) for part in parts)
+        return first, second
 
 
 def read(path: Path) -> Squad:
@@ -77,6 +116,29 @@ def read(path: Path) -> Squad:
     questions = _checked(_questions(content), str(path))
     newer = said.lstrip("vV").startswith("2") or any(not question.answers for question in questions)
     return Squad(questions, "2.0" if newer else "1.1", path.name)
+
+
+def fetch(name: str) -> tuple[Squad, Squad]:
+    """SQuAD's training and development questions from the Hugging Face hub, through the package datasets.
+
+    Raises:
+        ValueError: no such set, the hub out of reach, rows of another structure.
+    """
+    if name not in HUB:
+        raise ValueError(f"unknown data {name!r}; {near(name, HUB)} Or your own files: --train FILE --dev FILE")
+    import datasets
+
+    try:
+        with asked_once():
+            found = datasets.load_dataset(HUB[name])
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{HUB[name]} is not on this machine, and the Hugging Face hub did not give it ({error}); run once where "
+            "the hub is in reach and copy ~/.cache/huggingface, or pass SQuAD's files: --train FILE --dev FILE"
+        ) from error
+    version = "2.0" if name == "squad_v2" else "1.1"
+    train, dev = (from_rows(found[part], version, f"{HUB[name]} {part}") for part in ("train", "validation"))
+    return train, dev
 
 
 def from_rows(rows: Iterable[dict[str, Any]], version: str, source: str) -> Squad:
