@@ -9,13 +9,12 @@ run with the default --stage final, which looks at the test split once, after th
 times over. `python -m vtab.report runs` shows the runs.
 """
 
-import os
 import sys
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that it runs as a file too
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+if not __package__:  # run as a file
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from examples.text.metrics import METRICS
 from examples.text.recipes import RECIPES

@@ -95,6 +95,8 @@ def test_no_pickle_is_ever_loaded():
         "vtab.data",
         "vtab.report",
         "vtab.recipes",
+        "examples.text_classification",
+        "examples.text.recipes",
         "export",
         "export.predict",
         "export.verify",

@@ -90,11 +90,11 @@ def bars(rows: Sequence[Row], beside: Sequence[Published]) -> bytes:
 
 
 def _bar(axes: Any, index: int, cell: Cell, colour: str) -> None:
-    low, high = cell.interval
     axes.barh(index, cell.mean, color=colour, height=0.7)
-    axes.plot([low, high], [index, index], color="black", linewidth=1.2, solid_capstyle="butt")
-    axes.plot([low, high], [index, index], "|", color="black", markersize=5)
-    axes.text(max(high, cell.mean) + 1.5, index, f"{cell.mean:.1f}", va="center", fontsize=8)
+    if cell.interval:
+        axes.plot(cell.interval, [index, index], color="black", linewidth=1.2, solid_capstyle="butt")
+        axes.plot(cell.interval, [index, index], "|", color="black", markersize=5)
+    axes.text(max(cell.mean, *(cell.interval or (0,))) + 1.5, index, f"{cell.mean:.1f}", va="center", fontsize=8)
 
 
 @_styled

@@ -15,13 +15,12 @@ from typing import Any
 import numpy as np
 
 from vtab.evaluate import Accuracy
-from vtab.runs import CURVES, Problem, Run
+from vtab.runs import ACCURACY, CURVES, Problem, Run, metric
 from vtab.textfile import LIMIT, read, read_json
 
 MOST_CLASSES = 5000  # of a confusion matrix
 NEEDED: dict[str, Any] = {  # in result.json, and of what kind
     "task": str,
-    "accuracy": int | float,
     "images": int,
     "trained_parameters": int,
     "data": dict,
@@ -31,6 +30,9 @@ NEEDED: dict[str, Any] = {  # in result.json, and of what kind
 }
 OPTIONAL: dict[str, Any] = {  # what older records lack, or only some runs have
     "method": str,
+    "metric": str,
+    "text": dict,
+    "text.max_length": int,
     "seed": int,
     "images_in_full_split": int,
     "recipe_differs": list,
@@ -102,7 +104,7 @@ def _read(folder: Path) -> tuple[Run, list[Problem]]:
     remarks = []
     history, labels, predicted = [], None, None
     try:
-        history = _history(folder / "metrics.jsonl")
+        history = _history(folder / "metrics.jsonl", metric(result) == ACCURACY)
     except (ValueError, OSError, RecursionError) as error:
         remarks.append(Problem(folder, f"metrics.jsonl is damaged ({error}): no learning curve"))
     if (folder / "predictions.npz").exists():
@@ -119,7 +121,9 @@ def _check(result: Any) -> None:
         raise ValueError("result.json is no record of a run")
     if re.search(r"\\u00[01]|[\x7f-\x9f]", json.dumps(result, ensure_ascii=False)):
         raise ValueError("result.json holds control characters, which would steer the terminal")
-    for name, kind in (NEEDED | OPTIONAL).items():
+    judged_by = metric(result)
+    figure = "accuracy" if judged_by == ACCURACY else "score"
+    for name, kind in (NEEDED | {figure: int | float} | OPTIONAL).items():
         *parents, last = name.split(".")
         place = result
         for parent in parents:
@@ -130,11 +134,11 @@ def _check(result: Any) -> None:
     trials = (result.get("tuning") or {}).get("trials", [])
     if not all(isinstance(trial, dict) and isinstance(trial.get("settings"), dict) for trial in trials):
         raise ValueError("result.json has trials of --tune without settings")
-    percent, images = result["accuracy"], result["images"]
-    if images < 1 or not 0 <= percent <= 100:
-        raise ValueError(f"result.json has an accuracy of {percent} % over {images} images")
+    percent, images = result[figure], result["images"]
+    if images < 1 or not (0 if judged_by == ACCURACY else -100) <= percent <= 100:  # correlations may be negative
+        raise ValueError(f"result.json has {judged_by} {percent} % over {images} images")
     correct = percent * images / 100
-    if abs(correct - round(correct)) > 1e-3:
+    if judged_by == ACCURACY and abs(correct - round(correct)) > 1e-3:
         raise ValueError(f"result.json: {percent} % of {images} images is no whole number of images")
 
 
@@ -142,17 +146,19 @@ def _lines(path: Path) -> int:
     return len(read(path).splitlines()) if path.is_file() else 0
 
 
-def _history(path: Path) -> list[dict[str, Any]]:
+def _history(path: Path, of_accuracy: bool) -> list[dict[str, Any]]:
+    """A record an epoch; none where no accuracy was watched."""
     if not path.is_file():
         return []
     rows = [json.loads(line) for line in read(path).splitlines() if line.strip()]
     for row in rows:
-        if not isinstance(row, dict) or not isinstance(row.get("epoch"), int) or "accuracy" not in row:
+        known = isinstance(row, dict) and isinstance(row.get("epoch"), int)
+        if not known or (of_accuracy and "accuracy" not in row):
             raise ValueError(f"no epoch and accuracy in {json.dumps(row)[:60]}")
         percents = [row[key] for key in CURVES if key in row]
         if not 0 < row["epoch"] < 10**6 or not all(isinstance(p, int | float) and 0 <= p <= 100 for p in percents):
             raise ValueError(f"an epoch or accuracy out of range in {json.dumps(row)[:60]}")
-    return rows
+    return rows if any(key in row for row in rows for key in CURVES) else []
 
 
 def _predictions(path: Path, result: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:

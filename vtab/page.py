@@ -10,7 +10,7 @@ from vtab import charts, tables
 from vtab.averages import AVERAGES, VTAB
 from vtab.published import Published, published
 from vtab.rows import Row
-from vtab.runs import Problem, Run
+from vtab.runs import ACCURACY, Problem, Run, metric
 from vtab.tasks import GROUPS
 from vtab.textfile import LIMIT
 
@@ -70,6 +70,7 @@ def _task(task: str, rows: Sequence[Row]) -> dict[str, Any]:
         "id": task,
         "label": row.label,
         "run": run,
+        "figure": f"{run.accuracy:.1f}{' % of' if metric(run.result) == ACCURACY else ' on'} {_count(run)}",
         "generated": run.generated,
         "confusion": _uri(charts.confusion(run)) if run.labels is not None else None,
         "predictions": _uri(shown) if shown.startswith(PNG) else None,
@@ -123,11 +124,22 @@ def _images(run: Run) -> str:
 
 def _judged(run: Run) -> str:
     full, split = run.result.get("images_in_full_split"), "val200" if run.tuning else "test"
-    images = run.result["images"]
-    return f"{split}, {images:,} images" if full in (None, images) else f"{split}, first {images:,} of {full:,} images"
+    if full in (None, run.result["images"]):
+        return f"{split}, {_count(run)}"
+    return f"{split}, first {run.result['images']:,} of {full:,} {_what(run)}"
+
+
+def _count(run: Run) -> str:
+    return f"{run.result['images']:,} {_what(run)}"
+
+
+def _what(run: Run) -> str:
+    return "texts" if run.text else "images"
 
 
 def _normalisation(run: Run) -> str:
+    if run.text:
+        return f"none: texts of at most {run.text.get('max_length')} tokens"
     how, name = run.result.get("preprocessing") or {}, run.result.get("normalization") or "model"
     return f"{name}: mean {how.get('mean')}, std {how.get('std')}, {how.get('size')} px"
 
@@ -151,7 +163,7 @@ def _settings(run: Run) -> str:
 
 
 def _versions(run: Run) -> str:
-    names = ("capavision", "torch", "timm", "numpy", "python")
+    names = ("capavision", "torch", "timm", "transformers", "numpy", "python")
     return ", ".join(f"{name} {_environment(run)[name]}" for name in names if name in _environment(run))
 
 

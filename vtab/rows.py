@@ -7,7 +7,7 @@ from statistics import fmean, stdev
 
 from vtab.averages import VTAB, Average, averages
 from vtab.evaluate import Accuracy
-from vtab.runs import Problem, Run
+from vtab.runs import ACCURACY, Problem, Run, metric
 from vtab.tasks import GROUPS, TASKS
 
 
@@ -31,8 +31,11 @@ class Cell:
         return min(run.result["images"] for run in self.runs)
 
     @property
-    def interval(self) -> tuple[float, float]:
-        """95 % Wilson interval of the mean on that many images: seeds share the images, so they do not add up."""
+    def interval(self) -> tuple[float, float] | None:
+        """95 % Wilson interval of the mean on that many images: seeds share the images, so they do not add up. None
+        where the metric is no accuracy."""
+        if metric(self.runs[0].result) != ACCURACY:
+            return None
         return Accuracy(round(self.mean * self.images / 100), self.images).interval
 
     @property
@@ -138,13 +141,20 @@ def identity(run: Run) -> dict[str, str]:
         "model": str(base["model"]),
         "weights": f"weights {base['weights']}",
         "digest": f"digest {str(digest)[:12]}" if digest else "digest not recorded",
-        "size": f"{base['img_size'] or (run.result.get('preprocessing') or {}).get('size')} px",
+        "size": _size(run),
         "normalisation": f"normalisation {run.result.get('normalization') or 'model'}",
         "test": f"first {limit:,} test images" if limit else "whole test split",
         "lists": "partial lists" if run.partial else "whole lists",
         "recipe": f"recipe {recipe}" if recipe else "no recipe",
         "settings": "tuned on val200" if tuned else "settings given",
     }
+
+
+def _size(run: Run) -> str:
+    """Of the input."""
+    if run.text:
+        return f"{run.text.get('max_length')} tokens"
+    return f"{run.base['img_size'] or (run.result.get('preprocessing') or {}).get('size')} px"
 
 
 def _split_variants(runs: Sequence[Run]) -> Iterable[tuple[dict[str, str], list[Run]]]:

@@ -15,12 +15,18 @@ from vtab.lists import LENGTHS
 from vtab.tasks import TASKS
 
 CURVES = ("accuracy", "val_accuracy", "test_accuracy")  # of an epoch, in percent: on training, val200 and test images
+ACCURACY = "accuracy"
 ELSEWHERE = {"task", "method", "seed", "out", "name", "device", "data_root", "split_file"}  # no setting of the training
 
 
+def metric(result: dict[str, Any]) -> str:
+    """What judges a run: top-1 accuracy, as in all of VTAB-1k, or what its result names."""
+    return str(result.get("metric", ACCURACY))
+
+
 def score(result: dict[str, Any]) -> float:
-    """What judges a run, in percent: top-1 accuracy, or the metric that its result names."""
-    found: float = result["score"] if result.get("metric", "accuracy") != "accuracy" else result["accuracy"]
+    """That metric in percent."""
+    found: float = result["accuracy"] if metric(result) == ACCURACY else result["score"]
     return found
 
 
@@ -46,7 +52,9 @@ class Run:
 
     @property
     def task(self) -> str:
-        return self.result["task"]
+        """With what it is judged by, unless that is top-1 accuracy: figures of two metrics never share a column."""
+        name, judged_by = self.result["task"], metric(self.result)
+        return name if judged_by == ACCURACY else f"{name} ({judged_by})"
 
     @property
     def seed(self) -> int:
@@ -54,7 +62,8 @@ class Run:
 
     @property
     def accuracy(self) -> float:
-        return self.result["accuracy"]
+        """What judges it, in percent."""
+        return score(self.result)
 
     @property
     def method(self) -> str:
@@ -94,6 +103,11 @@ class Run:
             return bool(self.config.get("partial"))
         full = {split: (length,) for split, length in LENGTHS.items()} | {"test": task.test_lengths}
         return any(sizes.get(split, lengths[0]) not in lengths for split, lengths in full.items())
+
+    @property
+    def text(self) -> dict[str, Any]:
+        """What a text run says of its texts; empty for images."""
+        return self.result.get("text") or {}
 
     @property
     def base(self) -> dict[str, Any]:

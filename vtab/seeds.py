@@ -7,7 +7,7 @@ from typing import Any
 
 from vtab import protocol
 from vtab.command import Command
-from vtab.runs import score
+from vtab.runs import ACCURACY, metric, score
 from vtab.training import Training
 
 MOST = 100
@@ -88,16 +88,17 @@ def told(config: Training, summary: dict[str, Any]) -> str:
     lines = []
     for result in summary["runs"]:
         count = f"n = {result['images']:,}"
-        if (metric := result.get("metric", "accuracy")) == "accuracy":
+        if metric(result) == ACCURACY:
             low, high = result["interval95"]
             said = f"{result['accuracy']:.1f} % ({low:.1f} … {high:.1f}, {count})"
         else:
-            said = f"{metric} {score(result):.1f} ({count})"
+            said = f"{metric(result)} {score(result):.1f} ({count})"
         lines.append(f"  seed {result['seed']}: {result['split']} {said}")
     spread = "one seed has no spread" if summary["std"] is None else f"± {summary['std']:.2f}"
     count = len(summary["seeds"])
-    unit = "%" if summary["runs"][0].get("metric", "accuracy") == "accuracy" else summary["runs"][0]["metric"]
-    mean = f"{summary['task']}, {summary['method']}: {summary['mean']:.2f} {unit} {spread}"
+    judged = summary["runs"][0]
+    unit = " %" if metric(judged) == ACCURACY else ""
+    mean = f"{summary['task']}, {summary['method']}: {metric(judged)} {summary['mean']:.2f}{unit} {spread}"
     mean += f", mean and standard deviation of {count} seed{'s' if count > 1 else ''}"
     if config.tune:
         mean += f"; tuned once, with seed {config.tune_seed}"

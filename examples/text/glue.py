@@ -62,8 +62,8 @@ def load(name: str) -> tuple[Task, Texts, list[Texts], list[str] | None]:
 
 
 def _texts(part: Any, task: Task) -> Texts:
-    first, *second = ([str(text) for text in part[column]] for column in task.columns)
-    labels = np.asarray(part["label"])
+    first, *second = (list(part[column][:]) for column in task.columns)
+    labels = np.asarray(part["label"][:])
     return Texts(
         first, second[0] if second else None, labels.astype(np.float32 if labels.dtype.kind == "f" else np.int64)
     )

@@ -56,9 +56,9 @@ class TextSetup:
         encoded = encode(self.tokenizer, texts, self.config.max_length, self.device)
         return encoded, torch.from_numpy(texts.labels).to(self.device)
 
-    def measure(self, texts: Texts) -> tuple[dict[str, float], Tensor]:
+    def measure(self, texts: Texts, encoded: Encoded | None = None) -> tuple[dict[str, float], Tensor]:
         """The task's metrics in percent, and the logits."""
-        encoded, _ = self.encode(texts)
+        encoded = encoded or self.encode(texts)[0]
         logits = predict(self.model, encoded, self.config.precision)
         return metrics.judge(self.data.metric, texts.labels, self.predicted(logits)), logits
 
@@ -140,9 +140,10 @@ def watcher(setup: TextSetup) -> Any:
     if setup.config.stage != "tune":
         return lambda epoch: {}
     val = setup.data.splits["val"]
+    encoded, _ = setup.encode(val)
 
     def watch(epoch: int) -> dict[str, float]:
-        found, logits = setup.measure(val)
+        found, logits = setup.measure(val, encoded)
         right = {} if setup.data.labels is None else {"val_accuracy": _accuracy(setup, val, logits).percent}
         return {"val_score": found["score"]} | right
 

