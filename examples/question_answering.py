@@ -9,13 +9,12 @@ official scripts have them; predictions.json is in the form that these scripts r
 final looks at --dev once, after the last epoch. --seeds 3 does it three times over.
 """
 
-import os
 import sys
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that it runs as a file too
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+if not __package__:  # run as a file
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from examples.text.qa_recipes import RECIPES
 from examples.text.qa_run import run

@@ -96,6 +96,7 @@ def test_no_pickle_is_ever_loaded():
         "vtab.report",
         "vtab.recipes",
         "examples.text_classification",
+        "examples.question_answering",
         "examples.text.recipes",
         "export",
         "export.predict",

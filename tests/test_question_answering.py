@@ -518,7 +518,7 @@ def test_the_official_form_scores_as_the_record_says(finished, mini):
     assert result["data"]["judged_contexts_in_training"] == 3
     assert result["selection"]["looks_at_test"] == 1
     assert result["text"] == {
-        "model": result["config"]["model"], "architecture": "BertForQuestionAnswering", "task": "2.0",
+        "model": result["config"]["model"], "architecture": "BertForQuestionAnswering", "task": "2.0.json",
         "max_length": 48, "stride": 16, "pair": True,
     }  # fmt: skip
 
@@ -629,7 +629,7 @@ def test_several_seeds_have_a_mean_and_a_spread(place, tmp_path, capsys):
     assert summary["mean"] == pytest.approx(np.mean(scores))
     assert summary["std"] == pytest.approx(np.std(scores, ddof=1))
     assert losses(tmp_path / "a-s0") != losses(tmp_path / "a-s1")
-    assert "2.0, lora r2:" in capsys.readouterr().out
+    assert "2.0.json, lora r2:" in capsys.readouterr().out
 
 
 def test_a_part_of_the_questions_is_drawn_and_the_first_are_tested(place, tmp_path, mini):
@@ -738,7 +738,7 @@ REFUSED = {
     "absent": (["+", "--dev", "{nowhere.json}"], "nowhere.json"),
     "json": (["+", "--dev", "{half.json}"], "half.json is damaged ("),
     "no answers": (["+", "--train", "{none.json}"], "none.json has no answers among the 3 questions to train on"),
-    "start": (["+", "--train", "{start.json}"], "at answer_start 60 the context has ' Anna Mülle', not 'Anna Müller'; it"),
+    "start": (["+", "--train", "{start.json}"], "at answer_start 60 the context has ' Anna Mülle', not"),
     "context": (["+", "--dev", "{context.json}"], "h1 (data[0].paragraphs[0].qas[0]) has an empty context"),
     "length": (["+", "--max-length", "24"], "tokens, which leaves 1"),
     "length of the model": (["+", "--max-length", "300", "--stride", "4"], "cannot take texts of 300 tokens"),

@@ -7,6 +7,7 @@ nbest_predictions.json       the best answers to each, with their shares of a so
 null_odds.json               for v2.0: the null score minus the best other, for evaluate-v2.0.py --na-prob-file
 """
 
+import functools
 import json
 import time
 from collections.abc import Sequence
@@ -20,6 +21,7 @@ from torch import nn
 
 import capavision as cv
 from examples.text import answers, qa_loop, spans, squad
+from examples.text.encode import Encoded
 from examples.text.model import architecture, load_tokenizer
 from examples.text.qa_recipes import RECIPES
 from examples.text.qa_settings import QuestionAnswering
@@ -68,11 +70,15 @@ class QuestionSetup:
         """Where the questions come from."""
         return ", ".join(dict.fromkeys((self.training[0].source, self.judged[0].source)))
 
+    @functools.cached_property
+    def asked(self) -> Encoded:
+        """The judging questions' windows, on the model's device."""
+        return qa_loop.encode(self.judged[1], self.tokenizer, self.device)[0]
+
     def decode(self) -> list[Decoded]:
         """The best answers to the judging questions."""
         questions, windows = self.judged
-        encoded, _ = qa_loop.encode(windows, self.tokenizer, self.device)
-        logits = qa_loop.predict(self.model, encoded, self.config.precision)
+        logits = qa_loop.predict(self.model, self.asked, self.config.precision)
         return spans.decode(questions, windows, logits, self.config.longest_answer, self.config.n_best)
 
     def answers(self, decoded: Sequence[Decoded], *, always: bool = False) -> dict[str, str]:
