@@ -1,8 +1,8 @@
 """Changing the adapter of a model that has one, by capavision.load: python -m benchmarks.swap.
 
-Two files are loaded in turn over each other; they differ in what their row says, and but for the last row in their
-number of classes (47 and 10). "From nothing" is timm.create_model and a load, once. The first load over a model takes
-the norms of its weights, and is not counted.
+Two files are loaded in turn over each other; they differ in what their row says, and but for those of two seeds in
+their number of classes (47 and 10). "Drawn anew": no mask is remembered from an earlier load. "From nothing" is
+timm.create_model and a load, once. The first load over a model takes the norms of its weights, and is not counted.
 """
 
 import argparse
@@ -16,6 +16,7 @@ from torch import nn
 
 import capavision as cv
 from benchmarks.tables import check_counts, table
+from capavision.masks import packed
 from vtab.cli import Parser, run
 from vtab.setup import pick_device
 
@@ -26,6 +27,7 @@ CHANGES = {
     "BitFit, other head": (cv.BitFit(), cv.BitFit()),
     "LoRA and Adapter": (cv.LoRA(rank=8, branches=2), cv.Adapter(rank=8, branches=2)),
     "LoRA of two seeds": (cv.LoRA(rank=8, branches=2), cv.LoRA(rank=8, branches=2)),
+    "LoRA of two seeds, drawn anew": (cv.LoRA(rank=8, branches=2), cv.LoRA(rank=8, branches=2)),
 }
 
 
@@ -45,8 +47,10 @@ def fresh(options: argparse.Namespace, classes: int) -> nn.Module:
     return model
 
 
-def milliseconds(path: Path, model: nn.Module) -> float:
-    """One load."""
+def milliseconds(path: Path, model: nn.Module, anew: bool = False) -> float:
+    """One load; `anew` has its masks drawn."""
+    if anew:
+        packed.cache_clear()
     start = time.perf_counter()
     cv.load(path, model)
     if torch.cuda.is_available():
@@ -74,7 +78,8 @@ def main(argv: list[str] | None = None) -> None:
             ]
             model.reset_classifier(classes[0])
             milliseconds(files[0], model)
-            times = sorted(milliseconds(files[i % 2], model) for i in range(1, 2 * options.rounds + 1))
+            loads = range(1, 2 * options.rounds + 1)
+            times = sorted(milliseconds(files[i % 2], model, anew="anew" in change) for i in loads)
             cv.remove(model)
             size = sum(file.stat().st_size for file in files) / 2e3
             spread = f"{times[0]:.1f} … {times[-1]:.1f}"

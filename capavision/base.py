@@ -171,10 +171,10 @@ def fingerprint(model: nn.Module, trained: Collection[str] = ()) -> dict[str, fl
     """
     own = [name for name, m in model.named_modules() if isinstance(m, Delta)] + list(classifier(model))
     prefixes = tuple(f"{name}." for name in own)
-    aliases = {name for name, _ in model.named_parameters(remove_duplicate=False)}  # of a module shared by several
-    aliases -= {name for name, _ in model.named_parameters()}
+    everything, first = model.state_dict(keep_vars=True), dict[int, str]()
+    named = {k: v for k, v in everything.items() if isinstance(v, nn.Parameter)}
+    aliases = {k for k, v in named.items() if first.setdefault(id(v), k) != k}  # of a module shared by several
     left_out = aliases.union(trained)
-    everything = model.state_dict(keep_vars=True)
     base = {k: v for k, v in everything.items() if not k.startswith(prefixes) and k not in left_out}
     return {name: _norm(tensor) for name, tensor in base.items() if tensor.is_floating_point()}
 

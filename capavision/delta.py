@@ -10,14 +10,16 @@ import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from capavision.masks import uniform
-from capavision.merged import Block
+from capavision.merged import Block, Contraction
+
+InRows = TypeVar("InRows", Block, Contraction)
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,8 @@ class Delta(nn.Module):
 
 def product(left: Tensor, right: Tensor) -> Tensor:
     """left @ right in the dtype they have, where autocast would round both factors to half precision first."""
+    if not isinstance(left, Tensor):  # torch.fx's stand-in, whose graph holds no context
+        return left @ right
     with torch.autocast(left.device.type, enabled=False):
         return left @ right
 
@@ -93,6 +97,10 @@ class WeightDelta(Delta, ABC):
         """ΔW as low-rank row blocks, for `capavision.merged`; None where it is no product of two thin matrices."""
         factors = self.factors()
         return None if factors is None else [Block(0, len(factors.up), *factors)]
+
+    def contractions(self) -> list[Contraction] | None:
+        """The gradients of what ΔW is made of without the dense one, by row blocks; None where there is no such way."""
+        return None
 
     def forward(self, x: Tensor) -> Tensor:
         """x ΔWᵀ, (…, n_in) to (…, n_out)."""
@@ -148,12 +156,19 @@ class Rows(WeightDelta):
         return Factors(up, down, scale)
 
     def blocks(self) -> list[Block] | None:
-        found: list[Block] = []
+        return self._of_all(lambda part: part.blocks())
+
+    def contractions(self) -> list[Contraction] | None:
+        return self._of_all(lambda part: part.contractions())
+
+    def _of_all(self, ask: Callable[[WeightDelta], list[InRows] | None]) -> list[InRows] | None:
+        """What the parts answer, moved to their rows; None if one of them has no answer."""
+        found: list[InRows] = []
         for name, (start, _) in self.rows.items():
-            blocks = self._part(name).blocks()
-            if blocks is None:
+            answer = ask(self._part(name))
+            if answer is None:
                 return None
-            found += [block._replace(start=start + block.start, stop=start + block.stop) for block in blocks]
+            found += [each._replace(start=start + each.start, stop=start + each.stop) for each in answer]
         return found
 
     def forward(self, x: Tensor) -> Tensor:

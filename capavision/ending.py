@@ -5,7 +5,7 @@ from torch import nn
 
 from capavision import host as hosting
 from capavision.delta import Delta
-from capavision.inject import base_tensors, injections, whole_head
+from capavision.inject import injections, own_tensors, whole_head
 from capavision.tying import tied, untie
 from capavision.wrappers import RECORD, bare, refuse_sharded
 
@@ -55,20 +55,26 @@ def remove(model: nn.Module) -> nn.Module:
         raise ValueError(
             "the model is tied, and its blocks' earlier weights are gone; capavision.fold(model) unties it"
         )
-    for plan in reversed(injections(inner)):
-        tensors = base_tensors(inner)
-        with torch.no_grad():
-            for name, original in plan.originals.items():
-                tensors[name].copy_(original)
-    _release(inner)
+    take_out(inner)
     return model
+
+
+@torch.no_grad()
+def take_out(model: nn.Module) -> None:
+    """What `remove` does to a model that it does not refuse."""
+    own = own_tensors(model, injections(model))
+    for plan in reversed(injections(model)):
+        for name, original in plan.originals.items():
+            own[name].copy_(original)
+    _release(model)
 
 
 def _release(model: nn.Module, keep: type | None = None) -> None:
     if plans := injections(model):
         newer = tuple(f"{name}." for name in whole_head(model, {*plans[0].hosts, *plans[0].head}))
+        before = set(plans[0].frozen)
         for name, p in model.named_parameters():
-            p.requires_grad_(name in plans[0].frozen or name.startswith(newer))
+            p.requires_grad_(name in before or name.startswith(newer))
         delattr(model, RECORD)
     for module in list(model.modules()):
         if keep is None or not isinstance(getattr(module, hosting.SLOT, None), keep):

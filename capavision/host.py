@@ -62,9 +62,12 @@ def _adapted_weight(host: Any) -> Tensor:
 
 def _linear_forward(host: Any, x: Tensor) -> Tensor:
     base: Tensor = host._parameters["weight"]
-    if not host.delta.factored and base.dtype == delta_dtype(base):
-        return F.linear(x, host.weight, host.bias)
     dtype = _merged_dtype(host, x)
+    if not host.delta.factored and base.dtype == delta_dtype(base):
+        ways = host.delta.contractions() if dtype == base.dtype and torch.is_grad_enabled() else None
+        if ways is not None and merged.contractions_pay(x, base, ways):
+            return merged.contracted(x, host.weight, host.bias, ways)
+        return F.linear(x, host.weight, host.bias)
     if dtype and merged.linear_pays(x, base) and (blocks := host.delta.blocks()) is not None:
         return merged.linear(x, base, host.bias, blocks, dtype)
     added: Tensor = host.delta(x)

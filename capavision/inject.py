@@ -1,7 +1,7 @@
 """Choose hosts, build deltas, freeze the base, report: `inject` either does all of it or leaves the model untouched."""
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -90,6 +90,13 @@ def injections(model: nn.Module) -> list[Injection]:
 def base_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Parameters and buffers of `model` by name, deltas included."""
     return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+
+
+def own_tensors(model: nn.Module, plans: Iterable[Injection]) -> dict[str, Tensor]:
+    """The base's own tensors that the plans train, by name."""
+    names = [name for plan in plans for name in plan.trained]
+    tensors = base_tensors(model) if names else {}
+    return {name: tensors[name] for name in names}
 
 
 def parameters(model: nn.Module) -> list[nn.Parameter]:
@@ -195,7 +202,9 @@ def inject(
         raise ValueError(f"{type(model).__name__} has no classifier, so {type(method).__name__} has nothing to train")
     if not freeze_norm:
         trained += hosting.batch_norm_statistics(model)
-    return apply(model, Injection(method, seed, hosts, placed, head, trained, freeze_norm=freeze_norm))
+    plan = Injection(method, seed, hosts, placed, head, trained, freeze_norm=freeze_norm)
+    apply(model, plan)
+    return _report(model, plan)
 
 
 def refuse_stray(model: nn.Module) -> None:
@@ -228,13 +237,13 @@ def _attentions(
     return {name: sizes for name, sizes in found.items() if not isinstance(sizes, str)}
 
 
-def apply(model: nn.Module, plan: Injection) -> Report:
+def apply(model: nn.Module, plan: Injection) -> None:
     """Carry out a plan whose hosts are known: build every delta first, then attach, freeze and record."""
     deltas = {name: _build(model, plan, name) for name in plan.hosts}
     share(deltas.values())
     frozen = tuple(name for name, p in model.named_parameters() if p.requires_grad)
-    tensors = base_tensors(model)
-    originals = {name: _spare(tensors[name].detach()) for name in plan.trained}
+    own = own_tensors(model, [*injections(model), plan])
+    originals = {name: _spare(own[name].detach()) for name in plan.trained}
     plan = replace(plan, frozen=frozen, originals=originals)
     for name, delta in deltas.items():
         hosting.attach(model.get_submodule(name), delta)
@@ -243,10 +252,9 @@ def apply(model: nn.Module, plan: Injection) -> Report:
     setattr(model, RECORD, [*injections(model), plan])
     trained = {id(p) for m in model.modules() if isinstance(m, Delta) for p in m.parameters()}
     trained |= {id(p) for name in plan.head for p in model.get_submodule(name).parameters()}
-    trained |= {id(tensors[name]) for each in injections(model) for name in each.trained}
+    trained |= {id(tensor) for tensor in own.values()}
     for p in model.parameters():
         p.requires_grad_(id(p) in trained)
-    return _report(model, plan)
 
 
 def _spare(tensor: Tensor) -> Tensor:

@@ -9,9 +9,10 @@ Differs from the authors' code: masks come from a keyed counter-based generator,
 in which modules are made nor on a library's version, and 2:4 groups lie along the axis that sparse kernels reduce.
 """
 
+import functools
 import hashlib
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -31,9 +32,26 @@ def stream(key: str, count: int) -> np.ndarray:
 
 def uniform(key: str, *shape: int) -> Tensor:
     """U(-1/√n, 1/√n) over the last axis of length n, float64, from `key` alone: nn.Linear's own start."""
-    unit = torch.from_numpy((stream(key, math.prod(shape)) >> np.uint64(11)).astype(np.float64) * 2.0**-53)
-    bound: float = shape[-1] ** -0.5
-    return ((2 * unit - 1) * bound).view(shape)
+    whole_numbers = (stream(key, math.prod(shape)) >> np.uint64(11)).astype(np.float64)  # below 2^53
+    return torch.from_numpy(whole_numbers).mul_(2.0**-52).sub_(1).mul_(shape[-1] ** -0.5).view(shape)
+
+
+def smallest(words: np.ndarray, counts: Sequence[int]) -> np.ndarray:
+    """Where the `count` smallest 64-bit words are, a row for each count; of equal words the first ones are smaller.
+
+    The top 16 bits, which numpy sorts by radix, decide for all but the few words that share those of the last one.
+
+    >>> smallest(np.array([3, 1, 2, 1], dtype=np.uint64), [1, 3]).astype(int)
+    array([[0, 1, 0, 0],
+           [0, 1, 1, 1]])
+    """
+    tops = (words >> np.uint64(48)).astype(np.uint16)
+    lasts = np.sort(tops, kind="stable")[np.subtract(counts, 1)]
+    found: np.ndarray = tops < lasts[:, None]
+    for row, count, last in zip(found, counts, lasts, strict=True):
+        (alike,) = np.nonzero(tops == last)
+        row[alike[np.argsort(words[alike], kind="stable")[: count - np.count_nonzero(row)]]] = True
+    return found
 
 
 def random(shape: tuple[int, int], branches: int, density: float, draw: Draw) -> np.ndarray:
@@ -42,19 +60,15 @@ def random(shape: tuple[int, int], branches: int, density: float, draw: Draw) ->
     keep = round(density * size)
     if keep == 0:
         raise ValueError(f"density={density} keeps none of the {size} entries of a {shape} factor; raise density")
-    masks = np.zeros((branches, size), dtype=bool)
-    for branch in range(branches):
-        masks[branch, np.argsort(draw(branch, size), kind="stable")[:keep]] = True
-    return masks.reshape(branches, *shape)
+    return np.stack([smallest(draw(branch, size), [keep])[0] for branch in range(branches)]).reshape(branches, *shape)
 
 
 def complementary(shape: tuple[int, int], branches: int, density: float, draw: Draw) -> np.ndarray:
     """The branches share the entries out among themselves: a partition, so no entry is dead and none is used twice."""
     size = shape[0] * shape[1]
-    masks = np.zeros((branches, size), dtype=bool)
-    for branch, entries in enumerate(np.array_split(np.argsort(draw(0, size), kind="stable"), branches)):
-        masks[branch, entries] = True
-    return masks.reshape(branches, *shape)
+    each, more = divmod(size, branches)
+    ends = [branch * each + min(branch, more) for branch in range(1, branches + 1)]
+    return np.diff(smallest(draw(0, size), ends), axis=0, prepend=False).reshape(branches, *shape)
 
 
 _TWO_OF_FOUR = np.array([[c == "1" for c in p] for p in ("1100", "1010", "1001", "0110", "0101", "0011")])
@@ -76,6 +90,31 @@ def two_of_four(shape: tuple[int, int], branches: int, density: float, draw: Dra
 
 
 KINDS = {"random": random, "complementary": complementary, "2:4": two_of_four}
+
+
+SMALL = 2**17  # entries of all branches: 16 KiB as bits, so that what is remembered stays below 32 MiB
+
+
+def draw_masks(kind: str, shape: tuple[int, int], branches: int, density: float, key: str) -> np.ndarray:
+    """One factor's masks, (branches, *shape), from their key; small ones from memory where they were drawn before.
+
+    Who changes adapters in turn asks for the same masks again: those of a LoRA on q and v of a ViT-B take 74 KB.
+    """
+    size = branches * math.prod(shape)
+    if size > SMALL:
+        return _draw(kind, shape, branches, density, key)
+    bits = np.unpackbits(packed(kind, shape, branches, density, key), count=size)
+    return bits.view(bool).reshape(branches, *shape)
+
+
+@functools.lru_cache(maxsize=2048)
+def packed(kind: str, shape: tuple[int, int], branches: int, density: float, key: str) -> np.ndarray:
+    """The bits of one factor's masks; `packed.cache_clear()` forgets those of all."""
+    return np.packbits(_draw(kind, shape, branches, density, key))
+
+
+def _draw(kind: str, shape: tuple[int, int], branches: int, density: float, key: str) -> np.ndarray:
+    return KINDS[kind](shape, branches, density, lambda branch, count: stream(f"{key}/{branch}", count))
 
 
 class Factor(nn.Module):
@@ -195,8 +234,5 @@ class Sharing:
             return learned(value, self.branches, self.density, key, dim)
         masks = None
         if self.density != 1:
-            shape = (value.shape[0], value.shape[1])
-            masks = KINDS[self.masks](
-                shape, self.branches, self.density, lambda branch, count: stream(f"{key}/{branch}", count)
-            )
+            masks = draw_masks(self.masks, (value.shape[0], value.shape[1]), self.branches, self.density, key)
         return Factor(value, masks, dim)

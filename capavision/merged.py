@@ -17,10 +17,14 @@ A conv's other way is the dense gradient of M, of which dU and dD follow. At eac
 
 Here h is the conv of x with D's r kernels, and dD the weight gradient of that thin conv.
 
+A ΔW of full rank is merged as well. Where it is made of few values, their gradients can follow from g and x by a
+`Contraction` that costs less than gᵀx, for example a correlation by FFT for a circulant matrix.
+
 Under autocast M is summed in float32 and rounded once; the thin products run on rounded factors, as they would anyway.
 Rounding W + ΔW costs no accuracy: `python -m benchmarks.half`.
 """
 
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -32,6 +36,9 @@ from capavision import kept
 Rows = tuple[tuple[int, int, float], ...]  # start, stop, scale
 Sizes = tuple[int, ...]
 
+MKL = torch.backends.mkl.is_available()  # type: ignore[no-untyped-call]
+IN_CACHE = 2**18  # values of g and x that a contraction takes at a time, so that it finds its own again: 1 MB
+
 
 class Block(NamedTuple):
     """ΔW[start:stop] = scale · up @ down, for up (stop - start, r) and down (r, n_in)."""
@@ -41,6 +48,20 @@ class Block(NamedTuple):
     up: Tensor
     down: Tensor
     scale: float
+
+
+class Contraction(NamedTuple):
+    """How the gradients of the `tensors` that ΔW[start:stop] is made of follow from N tokens of g and x.
+
+    gradients: of (g[:, start:stop], x, *tensors), one for each of the tensors.
+    cost:      a token's, in the multiply-adds of a wide product that take as long.
+    """
+
+    start: int
+    stop: int
+    gradients: Callable[..., Iterable[Tensor]]
+    tensors: tuple[Tensor, ...]
+    cost: float
 
 
 class Geometry(NamedTuple):
@@ -79,6 +100,11 @@ def linear_pays(x: Tensor, weight: Tensor) -> bool:
     return x.numel() // n_in * (n_in + n_out) >= n_in * n_out
 
 
+def contractions_pay(x: Tensor, weight: Tensor, contractions: list[Contraction]) -> bool:
+    """Whether they cost less than gᵀx; only where their costs were measured, which is on a CPU and with MKL."""
+    return x.device.type == "cpu" and MKL and sum(each.cost for each in contractions) < weight.numel()
+
+
 def conv_pays(weight: Tensor, blocks: list[Block]) -> bool:
     """Whether factored gradients cost fewer multiply-adds than that of W + ΔW."""
     n_out, K = len(weight), weight[0].numel()
@@ -113,6 +139,13 @@ def conv(
     x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
     rounded = _rounded(x, weight, rows, tuple(factors))
     y: Tensor = _Conv.apply(x, weight, rounded, bias, geometry, rows, *factors)
+    return y
+
+
+def contracted(x: Tensor, merged: Tensor, bias: Tensor | None, contractions: list[Contraction]) -> Tensor:
+    """x mergedᵀ + b, (…, n_in) to (…, n_out), for merged = W + ΔW of a frozen W."""
+    ways = tuple((c.start, c.stop, c.gradients, len(c.tensors)) for c in contractions)
+    y: Tensor = _Contracted.apply(x, merged, bias, ways, *(tensor for c in contractions for tensor in c.tensors))
     return y
 
 
@@ -179,6 +212,35 @@ class _Linear(torch.autograd.Function):
             dx = dx.view(*gradients[0].shape[:-1], -1)
         db = g.sum(0) if ctx.needs_input_grad[4] else None
         return dx, None, None, None, db, None, *found
+
+
+class _Contracted(torch.autograd.Function):
+    """No gradient goes through W + ΔW, whose graph is there for second derivatives."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, merged: Tensor, bias: Tensor | None, ways: Any, *tensors: Tensor) -> Tensor:
+        return F.linear(x, merged, bias)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, merged, _, ctx.ways, *tensors = inputs
+        ctx.save_for_backward(x, merged, *tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        x, merged, *tensors = ctx.saved_tensors
+        g2, x2 = gradients[0].reshape(-1, len(merged)), x.reshape(-1, merged.shape[1])
+        some = max(1, IN_CACHE // sum(merged.shape))
+        found: list[Tensor] = []
+        for start, stop, contract, count in ctx.ways:
+            own = tensors[len(found) : len(found) + count]
+            pairs = zip(torch.split(g2[:, start:stop], some), torch.split(x2, some), strict=True)
+            found += [torch.stack(each).sum(0) for each in zip(*(contract(*pair, *own) for pair in pairs), strict=True)]
+        dx = (g2 @ merged).view_as(x) if ctx.needs_input_grad[0] else None
+        db = g2.sum(0) if ctx.needs_input_grad[2] else None
+        return dx, None, db, None, *found
 
 
 class _Conv(torch.autograd.Function):

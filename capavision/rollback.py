@@ -25,7 +25,8 @@ def undone_on_error(model: nn.Module, values: Collection[Tensor] = ()) -> Iterat
     (1, 2)
     """
     modules = [(module, type(module), _attributes(module)) for module in model.modules()]
-    trainable = [(p, p.requires_grad) for p in model.parameters()]
+    parameters = (p for _, _, attributes in modules for p in attributes["_parameters"].values() if p is not None)
+    trainable = [(p, p.requires_grad) for p in parameters]
     copies = [(value, value.detach().clone()) for value in values]
     try:
         yield

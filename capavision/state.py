@@ -22,10 +22,10 @@ from capavision import learned, masks
 from capavision.attention import classifier
 from capavision.base import Base, differences, fingerprint
 from capavision.delta import Delta
-from capavision.ending import remove
+from capavision.ending import take_out
 from capavision.files import write_tensors
 from capavision.hub import fetched
-from capavision.inject import Injection, apply, base_tensors, injections, refuse_stray
+from capavision.inject import Injection, apply, base_tensors, injections, own_tensors, refuse_stray
 from capavision.metadata import FORMAT, check, damaged, from_json, naming, refuse_misplaced, to_json
 from capavision.rollback import undone_on_error
 from capavision.targets import refuse_taken
@@ -216,8 +216,7 @@ def trained(model: nn.Module) -> dict[str, Tensor]:
         return stored(model)
     ours = _ours(model)
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad or name.startswith(ours)}
-    tensors = base_tensors(model)
-    return parameters | {name: tensors[name] for plan in injections(model) for name in plan.trained}
+    return parameters | own_tensors(model, injections(model))
 
 
 def _ours(model: nn.Module) -> tuple[str, ...]:
@@ -272,7 +271,7 @@ def _make_way(model: nn.Module, plans: list[Injection], num_classes: int | None)
     own_plans = [dataclasses.replace(plan, frozen=()) for plan in injections(model)]
     orders = [[list(plan.hosts) for plan in each] for each in (own_plans, plans)]  # first hosts own learned values
     if own_plans != plans or orders[0] != orders[1] or _lost(model):
-        remove(model)
+        take_out(model)
     if own_head and num_classes is not None and num_classes != getattr(model, "num_classes", None):
         _reset_classes(model, num_classes)
 
@@ -320,7 +319,8 @@ def _check_fit(
             f"{path} was trained with {metadata['num_classes']} classes and the model has {classes}; "
             f"create it with num_classes={metadata['num_classes']}"
         )
-    modules, values = dict(model.named_modules()), base_tensors(model)
+    modules = dict(model.named_modules())
+    values = base_tensors(model) if any(plan.trained for plan in plans) else {}
     missing = [name for plan in plans for name in [*plan.hosts, *plan.head] if name not in modules]
     missing += [name for plan in plans for name in plan.trained if name not in values]
     if missing:

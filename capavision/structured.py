@@ -5,7 +5,8 @@
 
 Source: SURM, arXiv 2406.17740, and its code for the adapter form.
 How it runs: M is built dense, in float32, once a step; then one product serves W + M, as in the frozen model. A
-        product by FFT needs complex float32 activations and is slower: `python -m benchmarks.structured`.
+        product by FFT needs complex float32 activations and gains little below a width of 1,000. The gradients of
+        the vectors by FFT cost less than the dense gᵀx from some width on: `python -m benchmarks.structured`.
 Differs from the authors' code: hosts need not be square; M starts at 0 and keeps a nonzero gradient in every setting;
         M has a scale, so that all structures train at the learning rates of LoRA (their code has none, and needs a
         learning rate of its own for each structure).
@@ -13,6 +14,7 @@ Differs from the authors' code: hosts need not be square; M starts at 0 and keep
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from math import log2
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +23,7 @@ from torch import Tensor, nn
 from capavision.attention import query_value_hosts
 from capavision.checks import nonzero, one_of
 from capavision.delta import Delta, OutputDelta, Site, WeightDelta
+from capavision.merged import Contraction
 from capavision.placement import ACTIVATIONS, PLACES, inputs
 
 ON_WEIGHTS = "weight"
@@ -33,6 +36,10 @@ class Matrix(nn.Module, ABC):
     @abstractmethod
     def forward(self) -> Tensor:
         """M, dense."""
+
+    def contraction(self) -> Contraction | None:
+        """The gradients of what M is made of without the dense one; None where there is no such way."""
+        return None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,6 +95,10 @@ class OnWeight(WeightDelta):
     def weight(self) -> Tensor:
         dense: Tensor = self.M()
         return dense
+
+    def contractions(self) -> list[Contraction] | None:
+        found = self.M.contraction()
+        return None if found is None else [found]
 
 
 class Dense(Matrix):
@@ -158,3 +169,46 @@ def tiled(squares: Tensor, n_out: int, n_in: int) -> Tensor:
     if n_out >= n_in:
         return squares.flatten(0, 1)[:n_out]
     return squares.transpose(0, 1).flatten(1)[:, :n_in]
+
+
+def correlation(g: Tensor, x: Tensor, period: int) -> Tensor:
+    """r[…, k] = Σ_t Σ_j g[t, …, (j + k) mod period] x[t, …, j], by FFT; shorter rows count as ended by zeros.
+
+    >>> correlation(torch.eye(3)[:1], torch.tensor([[1.0, 2.0, 3.0]]), 3).round()
+    tensor([1., 3., 2.])
+    """
+    spectrum = (torch.fft.rfft(g, period) * torch.fft.rfft(x, period).conj()).sum(0)
+    r: Tensor = torch.fft.irfft(spectrum, period)
+    return r
+
+
+def correlation_cost(values: int, period: int) -> float:
+    """Of `values` transformed, each in 2.5 operations a level, at an eighth of the rate of a wide product's."""
+    return 8 * 2.5 / 2 * log2(period) * values
+
+
+def toeplitz_contraction(v: Tensor, n_out: int, n_in: int) -> Contraction:
+    """The gradient of v in `toeplitz(v, n_out, n_in)`: gᵀx summed along its diagonals."""
+    period = n_out + n_in  # no shift of x along g comes round
+
+    def gradients(g: Tensor, x: Tensor, v: Tensor) -> tuple[Tensor]:
+        return (correlation(g, x, period).roll(n_in - 1)[: len(v)],)
+
+    return Contraction(0, n_out, gradients, (v,), correlation_cost(2 * period, period))
+
+
+def circulant_contraction(c: Tensor, n_out: int, n_in: int) -> Contraction:
+    """The gradient of c (count, n) in `tiled(circulant(c), n_out, n_in)`."""
+    n = c.shape[-1]
+
+    def gradients(g: Tensor, x: Tensor, c: Tensor) -> tuple[Tensor]:
+        return (correlation(_tiles(g, n), _tiles(x, n), n),)
+
+    return Contraction(0, n_out, gradients, (c,), correlation_cost(c.numel() + n, n))
+
+
+def _tiles(x: Tensor, n: int) -> Tensor:
+    """(…, m) to (…, ⌈m / n⌉, n), the last one filled with zeros."""
+    missing = -x.shape[-1] % n
+    filled = F.pad(x, (0, missing)) if missing else x
+    return filled.reshape(*filled.shape[:-1], filled.shape[-1] // n, n)

@@ -19,7 +19,7 @@ How it works:
 """
 
 import fnmatch
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from capavision import host as hosting
 from capavision.attention import is_weighted, weight_of
-from capavision.masks import KINDS, Sharing, stream
+from capavision.masks import KINDS, Sharing, draw_masks
 from capavision.targets import near
 
 RECORD = "_capavision_tied"  # the model's attribute that lists its tyings
@@ -251,7 +251,8 @@ def _draw(name: str, stack: Sequence[nn.Module], density: float, masks: str, see
         weight = weight_of(host)
         full = f"{name}.{place}" if place else name
         try:
-            drawn = KINDS[masks]((len(weight), weight[0].numel()), len(stack), density, _keyed(f"{seed}/{full}/tie"))
+            shape = (len(weight), weight[0].numel())
+            drawn = draw_masks(masks, shape, len(stack), density, f"{seed}/{full}/tie")
         except ValueError as error:
             raise ValueError(f"{full} ({type(host).__name__} {tuple(weight.shape)}): {error}") from error
         if any(hosting.is_swapped(m) or hasattr(m, "mask") for m in (block.get_submodule(place) for block in stack)):
@@ -260,10 +261,6 @@ def _draw(name: str, stack: Sequence[nn.Module], density: float, masks: str, see
     if not bits:
         raise ValueError(f"{name} ({type(stack[0]).__name__}) has no Linear or Conv weight to mask; leave density out")
     return bits
-
-
-def _keyed(key: str) -> Callable[[int, int], Any]:
-    return lambda depth, count: stream(f"{key}/{depth}", count)
 
 
 def _row(block: nn.Module, place: str, mask: Tensor) -> Row:

@@ -1,1 +1,5 @@
 """Runnable examples."""
+
+from export.cli import guard_imports
+
+guard_imports()

@@ -24,11 +24,11 @@ from vtab import cli, limits, seeds
 from vtab.command import Command
 
 COMMAND = Command(
-    "python -m examples.text_classification",
-    "Fine-tune a text encoder on one task; the run folder holds the adapter, the tokenizer and every figure.",
-    Classification,
-    limits.TRAINING | {"metric": tuple(METRICS)},
-    RECIPES,
+    prog="python -m examples.text_classification",
+    description="Fine-tune a text encoder on one task; the run folder holds the adapter, the tokenizer and every figure.",
+    config=Classification,
+    choices=limits.TRAINING | {"metric": tuple(METRICS)},
+    recipes=RECIPES,
 )
 
 

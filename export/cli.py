@@ -4,6 +4,7 @@ Standard library only: vtab.cli builds on it, and a machine that only runs packa
 """
 
 import argparse
+import functools
 import json
 import os
 import sys
@@ -11,6 +12,8 @@ import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
+
+from export import standins
 
 STOPPED = 130  # what shells report for Ctrl-C
 EXTRAS = {  # of capavision: what each brings, by the name that is imported; "" is capavision itself
@@ -77,6 +80,7 @@ def run(main: Callable[[], Any], stopped: str = "nothing was written") -> None:
     A package that is not installed counts too, if an extra of ours brings it. CAPAVISION_TRACEBACK=1 shows the
     traceback all the same. After Ctrl-C `stopped` says what there is.
     """
+    standins.seal()
     try:
         main()
     except KeyboardInterrupt:
@@ -111,10 +115,16 @@ def absent(error: ImportError) -> str:
     return "" if extra is None else f"{error.name} is not installed; pip install {brings}"
 
 
+@functools.cache  # each package calls it
 def guard_imports() -> None:
-    """In python -m …, tell as `run` does what a command's module lacks to be imported, which is before `run`."""
+    """In python -m …, tell as `run` does what a command's module lacks to be imported, which is before `run`.
+
+    Help needs no package: stand-ins serve it.
+    """
     if sys.argv[:1] != ["-m"]:  # as it is while Python looks for the module
         return
+    if standins.serve(sys.argv[1:]):
+        return standins.install([*(name for names in EXTRAS.values() for name in names), "google"])  # of protobuf
 
     def told(kind: type[BaseException], error: BaseException, trace: types.TracebackType | None) -> None:
         if isinstance(error, ModuleNotFoundError) and (said := _told(error)):

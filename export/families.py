@@ -47,13 +47,20 @@ KWARGS: dict[str, dict[str, Any]] = {
 
 def small_model(family: str, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, Tensor]:
     """The family's model with 5 classes, in eval, and images of its size: one where they are large, else two."""
+    return ready(built(family, **KWARGS.get(family, {})), SIZES.get(family, 64), dtype)
+
+
+def built(family: str, **kwargs: Any) -> nn.Module:
+    """The family's model with 5 classes, as timm makes it."""
     import timm
 
-    size = SIZES.get(family, 64)
+    return seeded(lambda: timm.create_model(FAMILIES[family], pretrained=False, num_classes=5, **kwargs))
+
+
+def ready(model: nn.Module, size: int, dtype: torch.dtype) -> tuple[nn.Module, Tensor]:
+    """The model with nothing silent in it, in eval, and images of that many pixels a side."""
     count = 1 if size == 256 else 2
     x = torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(1)).to(dtype)
-    kwargs = KWARGS.get(family, {})
-    model = seeded(lambda: timm.create_model(FAMILIES[family], pretrained=False, num_classes=5, **kwargs))
     for module in model.modules():
         if hasattr(module, "drop_prob"):
             module.drop_prob = 0.0  # a block that is skipped by chance gets no gradient

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
+from export import cli
+
 SMAPS = Path("/proc/self/smaps_rollup")
 EVERY = 0.005  # seconds between two samples
 RUNS = 3
@@ -90,4 +92,4 @@ def main(kind: str, path: str, batch: str, threads: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    cli.run(lambda: main(*sys.argv[1:]))

@@ -16,12 +16,13 @@ from capavision.delta import Rows
 from capavision.host import is_batch_norm
 from export.families import FAMILIES, small_model
 from tests.conftest import outputs, seeded, snapshot, twin
+from tests.thin import thin_model
 
 
-def family_model(family):
+def family_model(family, thin=False):
     if not timm.is_model(FAMILIES[family]):
         pytest.skip(f"timm {timm.__version__} has no {FAMILIES[family]}")
-    return small_model(family, torch.float64)
+    return (thin_model if thin else small_model)(family, torch.float64)
 
 
 def recorded(model, x):

@@ -231,6 +231,15 @@ def test_what_happens_around_training_is_timed(capsys):
     assert all(float(row[6].split(" + ")[1].split()[0]) <= 64 for row in rows), "KB beside the values"
 
 
+def test_the_gradients_of_structured_updates_are_timed_beside_what_is_counted():
+    from benchmarks import structured
+
+    name, host, *times, ratio, counted = structured.gradients(cv.Kronecker(), (16, 8), 4, torch.device("cpu"), 2)
+    assert (name, host, counted) == ("kronecker", "8 → 16", "4.50")
+    assert all(float(time) >= 0 for time in times)
+    assert "…" in ratio
+
+
 REFUSED = {
     "lifecycle --rounds 0": "--rounds 0 must be at least 1",
     "step --cases nosuch": "--cases: 'nosuch' is unknown",
@@ -247,6 +256,8 @@ REFUSED = {
     "vtab_suite --tasks kiti": "--tasks: 'kiti' is unknown; did you mean 'kitti'",
     "vtab_suite --share 0": "--share 0.0 must lie in (0, 1]",
     "vtab_suite --epochs 0": "--epochs 0 must be at least 1",
+    "text --arms lora-r3": "--arms: 'lora-r3' is unknown; did you mean",
+    "text --test 0": "--test 0 must be at least 1",
     "coverage --families resnets": "--families: 'resnets' is unknown; did you mean",
     "architectures --limit many": "argument --limit: invalid int value: 'many'; see",
 }

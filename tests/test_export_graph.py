@@ -27,7 +27,7 @@ from export.package import Source, build
 from export.runtime import Classifier, random_pixels, relative_error, sha256
 from export.store import load, save
 from tests.conftest import awaken, awaken_deltas, create, images, outputs, twin
-from tests.test_export import CLASSES, INFO, METHODS, refused
+from tests.test_export import CLASSES, FAST, INFO, METHODS, refused
 
 VIT = {"img_size": 32, "depth": 1}
 NAMED = {"test_vit": VIT, "test_byobnet": {}, "test_convnext": {"depths": (1, 1, 1, 1)}}
@@ -381,7 +381,7 @@ def test_weights_above_the_threshold_lie_beside_the_graph(tmp_path):
 
 def test_a_large_package_is_whole_and_a_flipped_byte_in_its_data_is_caught(file, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(package, "save", lambda proto, path: save(proto, path, large=1000))
-    manifest = build(Source.open(file), tmp_path / "package")
+    manifest = build(Source.open(file), tmp_path / "package", exporter=FAST)
     assert {"model.onnx", "model.onnx.data"} <= manifest["files"].keys()
     assert verify.main([str(tmp_path / "package")]) < 1e-5
     data = tmp_path / "package" / "model.onnx.data"
@@ -395,7 +395,7 @@ def test_weights_outside_the_package_are_refused(file, tmp_path, monkeypatch, ca
     """The checksums are made to fit."""
     monkeypatch.setattr(package, "save", lambda proto, path: save(proto, path, large=1000))
     folder = tmp_path / "package"
-    build(Source.open(file), folder)
+    build(Source.open(file), folder, exporter=FAST)
     proto = onnx.load(folder / "model.onnx", load_external_data=False)
     for tensor in proto.graph.initializer:
         for entry in tensor.external_data:
@@ -492,7 +492,8 @@ def test_a_size_baked_into_the_graph_is_found_by_comparing(tmp_path):
 SAMPLE = ("beit", "byobnet", "convnext", "mambaout")  # fused attention with a bias, batch norms, a conv net, gated
 
 
-def test_a_sample_of_the_families_exports(tmp_path, capsys):
+def test_a_sample_of_the_families_exports(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(KWARGS, "convnext", NAMED["test_convnext"])
     out = tmp_path / "survey.md"
     rows = survey.main(["--families", ",".join(SAMPLE), "--out", str(out)])
     assert [row.family for row in rows] == list(SAMPLE)

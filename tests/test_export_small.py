@@ -68,7 +68,7 @@ def add(sources, folder, *names, **wanted):
 
 def bare(path, seed=0, task="digits"):
     """An adapter file without a run around it."""
-    base = cv.Base("test_vit", "random", 32)
+    base = cv.Base("test_vit", "random", 32, kwargs={"depth": 2})
     model = base.build(len(DIGITS))
     cv.inject(model, cv.LoRA(rank=2))
     awaken_deltas(model, seed)
@@ -306,7 +306,8 @@ def test_every_variant_of_a_graph_of_any_size_and_of_a_large_one(kind, tmp_path,
     if kind == "external data":
         for module in (package_module, variants):
             monkeypatch.setattr(module, "save", lambda proto, path: store.save(proto, path, large=1000))
-    out, flags = tmp_path / "package", ["--dynamic-size"] if kind == "dynamic size" else []
+    out = tmp_path / "package"
+    flags = ["--dynamic-size"] if kind == "dynamic size" else ["--exporter", "legacy"]
     file = bare(tmp_path / "a.safetensors")
     argv = [str(file), "--out", str(out), "--quantize", "int8", "--half", "--preprocess", *flags]
     manifest = export_command.main(argv)

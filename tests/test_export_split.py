@@ -27,15 +27,13 @@ from export import __main__ as export_command
 from export import delta, predict, session, split, verify
 from export.package import Source
 from export.runtime import Classifier, random_pixels, read_manifest, relative_error, sha256
+from tests import test_export
 from tests.conftest import awaken as wake
 from tests.conftest import create
 from tests.test_export import CLASSES, INFO, adapter_file, awaken, refused
 
 LABELS = {"first": ["ant", "bee", "cow"], "second": ["dog", "elk", "fox", "gnu", "hen"], "third": ["ibis"]}
-TINY = {
-    "test_vit": {"depth": 2},
-    "beit_base_patch16_224": {"depth": 1, "embed_dim": 48, "num_heads": 3, "patch_size": 8},
-}
+TINY = test_export.TINY | {"beit_base_patch16_224": {"depth": 1, "embed_dim": 48, "num_heads": 3, "patch_size": 8}}
 LORA = cv.LoRA(rank=4, branches=2)
 
 

@@ -29,7 +29,7 @@ from export.web import __main__ as web
 from export.web import npm
 from export.web import site as site_module
 from tests import chromium
-from tests.test_export import INFO, awaken, refused
+from tests.test_export import FAST, INFO, awaken, refused
 
 PAGE = Path(web.__file__).parent / "page"
 LABELS = ["<img src=x onerror=alert(1)>", "a bee & its hive", "wasp"]
@@ -44,7 +44,7 @@ TOLERANCE = 1e-3
 def runs(tmp_path_factory):
     """Two tasks on one base, {name: adapter file}."""
     folder = tmp_path_factory.mktemp("runs")
-    base = cv.Base("test_vit", "random", 32, kwargs={"depth": 2})
+    base = cv.Base("test_vit", "random", 32, kwargs={"depth": 1})
     for seed, (name, (labels, method)) in enumerate(TASKS.items()):
         model = base.build(3)
         cv.inject(model, method)
@@ -56,7 +56,7 @@ def runs(tmp_path_factory):
 @pytest.fixture(scope="module")
 def package(runs, tmp_path_factory):
     folder = tmp_path_factory.mktemp("merged") / "package"
-    build(Source.open(runs["insects"]), folder)
+    build(Source.open(runs["insects"]), folder, exporter=FAST)
     return folder
 
 

@@ -1,11 +1,14 @@
-"""Every family of timm keeps the promises: LoRA on every Linear and Conv, adapters on MLPs, attentions and blocks."""
+"""Every family of timm keeps the promises: LoRA on every Linear and Conv, adapters on MLPs, attentions and blocks.
+
+On thin models; benchmarks/coverage.py takes the same chain through whole ones.
+"""
 
 import pytest
 import torch
 
 import capavision as cv
 from capavision.attention import attentions, blocks, mlps
-from tests.conftest import awaken_deltas, outputs
+from tests.conftest import awaken_deltas, outputs, twin
 from tests.families import FAMILIES, chain, family_model, layers, movement
 
 # No MLP by name or class: convolutional nets, and blocks whose MLP is spelt out in convs.
@@ -18,10 +21,16 @@ WITHOUT_MLPS = (
 )  # fmt: skip
 
 
+@pytest.fixture(scope="module", params=FAMILIES)
+def family(request):
+    """(name, model, images); pytest runs all tests of a family before it makes the next."""
+    return request.param, *family_model(request.param, thin=True)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("family", FAMILIES)
 def test_every_layer_of_every_family_trains_saves_folds_and_comes_off(family, tmp_path):
-    model, x = family_model(family)
+    _, model, x = family
+    model = twin(model)
     expected = layers(model)
     assert cv.LoRA().targets(model)
     assert expected.keys() >= cv.LoRA().targets(model).keys()
@@ -31,10 +40,10 @@ def test_every_layer_of_every_family_trains_saves_folds_and_comes_off(family, tm
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", FAMILIES)
 def test_adapters_sit_in_every_family(family):
-    model, x = family_model(family)
-    assert (family in WITHOUT_MLPS) == (not mlps(model))
+    name, model, x = family
+    model = twin(model)
+    assert (name in WITHOUT_MLPS) == (not mlps(model))
     assert blocks(model)
     cv.inject(model, cv.LinearProbe())
     plain = outputs(model, x)

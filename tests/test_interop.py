@@ -9,6 +9,7 @@ import timm
 import torch
 from safetensors.torch import load_file, save_file
 from timm.layers import ScaledStdConv2d, StdConv2dSame
+from timm.models.mlp_mixer import MlpMixer
 from torch import nn
 
 import capavision as cv
@@ -52,6 +53,10 @@ def plain(x, *body):
     return model.eval()
 
 
+def mixer():
+    return seeded(lambda: MlpMixer(5, img_size=64, patch_size=16, num_blocks=2, embed_dim=48)).eval()
+
+
 def deit():
     return create("deit_tiny_distilled_patch16_224", depth=2, img_size=32, patch_size=8, embed_dim=48, num_heads=3)
 
@@ -84,7 +89,7 @@ CASES = {
     "three ranks and alphas": Case(
         tiny_vit, 32, [(CAPA, "qkv", "qv"), (cv.LoRA(rank=2, alpha=-7.0), "fc1"), (cv.LoRA(rank=5, alpha=0.3), "proj")]
     ),
-    "every linear of a mixer": Case(lambda: create("mixer_s32_224"), 224, [(CAPA, "linear")]),
+    "every linear of a mixer": Case(mixer, 64, [(CAPA, "linear")]),
     "convs": Case(lambda: create("test_resnet"), 64, [(CAPA, "conv")]),
     "two classifiers": Case(deit, 32, [(CAPA, None)]),
     "the classifier itself": Case(tiny_vit, 32, [(CAPA, ["qkv", "head"])]),
@@ -92,9 +97,9 @@ CASES = {
         lambda: create("iformer_t"), 64, [(STRONG, ["stages.3.downsample.c", "stages.3.*.q.c"])]
     ),
     "a module whose name ends like the classifier's": Case(
-        lambda: create("lowformer_b0"), 64, [(STRONG, "stages.*.mlp.main.1")]
+        lambda: create("lowformer_b0", width_list=[8, 16, 32, 64, 128]), 64, [(STRONG, "stages.*.mlp.main.1")]
     ),
-    "a name that is the end of others": Case(lambda: create("skresnet18"), 64, [(CAPA, "conv1")]),
+    "a name that is the end of others": Case(lambda: create("skresnet18", layers=(1, 1, 1, 1)), 64, [(CAPA, "conv1")]),
     "a child named like PEFT's own": Case(
         lambda: create("dla46x_c"), 64, [(CAPA, ["level2.tree1.conv1", "level2.tree1.conv3"])], merges=False
     ),

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from capavision import masks
-from capavision.masks import Factor, Sharing, checksum, complementary, random, stream, two_of_four
+from capavision.masks import Factor, Sharing, checksum, complementary, random, smallest, stream, two_of_four
 
 SHAPES = [(1, 1), (3, 7), (8, 768), (5, 27)]
 
@@ -148,6 +148,62 @@ GOLDEN = [
 def test_masks_are_those_of_the_first_release(kind, branches, density, expected):
     drawn = made(kind, branches, "0/blocks.0.attn.qkv:q/A", (8, 192), density)
     assert digest(drawn) == expected
+
+
+ODD_AND_LARGE = [
+    ("random", 3, 0.3, (5, 27), 0, "ad1415a30227d9c5a12125a32801f8c1f4a97430c41d9f88367c50d141708890"),
+    ("random", 1, 0.07, (1, 8), 0, "36a9e7f1c95b82ffb99743e0c5c4ce95d83c9a430aac59f84ef3cbfab6145068"),
+    ("random", 2, None, (96, 768), 0, "741d613da4350d311257f20bac6e686ffa2790e3517eab32575d259be4711a55"),
+    ("complementary", 7, None, (5, 27), 1, "7d0630a534763cc1c1fb15372ef3d4cb00f7b1401164f9dc0d8fe936fba857de"),
+    ("complementary", 4, None, (1, 3), 0, "e79e418e48623569d75e2a7b09ae88ed9b77b126a445b9ff9dc6989a08efa079"),
+    ("complementary", 4, None, (64, 768), 1, "54b8595ddbad2f80f653718e3a1aced0d184989a92bcc6553bdc32d8fd80df64"),
+    ("2:4", 6, None, (3, 20), 1, "f2c6077f28e38f8de88a7e50641801d08beb1081c031923f3f82f6326875c8fb"),
+]
+
+
+@pytest.mark.parametrize(("kind", "branches", "density", "shape", "dim", "expected"), ODD_AND_LARGE)
+def test_masks_of_odd_and_large_factors_are_too(kind, branches, density, shape, dim, expected):
+    sharing = Sharing(branches=branches, density=density, masks=kind)
+    for _ in range(2):  # drawn, then perhaps from memory
+        mask = sharing.factor(torch.ones(shape), "7/stages.1.conv/B", dim).mask
+        assert digest(mask.movedim(dim, 0).numpy()) == expected
+
+
+def test_initial_values_are_those_of_the_first_release():
+    drawn = masks.uniform("7/stages.1.conv/B/init", 5, 27)
+    assert drawn.dtype is torch.float64
+    assert hashlib.sha256(drawn.numpy().tobytes()).hexdigest() == (
+        "6b06e39c7ceed57b945e34c337b1a5a62ceced1fdee92cf9c997fe46699a3dd3"
+    )
+
+
+@pytest.mark.parametrize(("right", "left"), [(0, 0), (20, 0), (61, 0), (61, 61), (61, 46)])
+@pytest.mark.parametrize("size", [1, 2, 13, 500])
+def test_the_smallest_words_are_those_of_a_stable_sort(right, left, size):
+    """With equal words, equal top 16 bits, or both."""
+    words = stream("any", size) >> np.uint64(right) << np.uint64(left)
+    counts = sorted({1, (size + 1) // 2, size})
+    order = np.argsort(words, kind="stable")
+    assert np.array_equal(smallest(words, counts), [np.isin(np.arange(size), order[:count]) for count in counts])
+
+
+@pytest.mark.parametrize(("kind", "branches"), ALL)
+def test_masks_from_memory_are_those_drawn_and_nobody_elses(kind, branches):
+    masks.packed.cache_clear()
+    first, second = (Sharing(branches=branches, masks=kind).factor(torch.ones(3, 4), "k", dim=0) for _ in range(2))
+    assert masks.packed.cache_info()[:2] == (1, 1)  # hits, misses
+    assert torch.equal(first.mask, second.mask)
+    first.mask.logical_not_()
+    third = Sharing(branches=branches, masks=kind).factor(torch.ones(3, 4), "k", dim=0)
+    assert torch.equal(third.mask, second.mask)
+    assert not torch.equal(third.mask, first.mask)
+
+
+def test_large_masks_are_not_kept_in_memory():
+    masks.packed.cache_clear()
+    for rows, kept in ((64, 1), (65, 1)):
+        Sharing(branches=2).factor(torch.ones(rows, 1024), "k", dim=0)
+        assert masks.packed.cache_info().currsize == kept
 
 
 def philox(key, count):

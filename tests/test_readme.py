@@ -2,9 +2,6 @@
 
 import re
 import runpy
-import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -60,13 +57,3 @@ def test_a_method_of_ones_own_trains_saves_loads_and_folds(tmp_path):
     cv.save(model, tmp_path / "v.safetensors", base=base)
     assert torch.equal(cv.load(tmp_path / "v.safetensors")(x), expected)
     assert torch.allclose(cv.fold(model)(x), expected, atol=1e-4)
-
-
-def test_a_method_dropped_into_the_package_is_a_flag_of_the_trainer(tmp_path):
-    for name in ("capavision", "vtab"):
-        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copy(ROOT / "examples" / "vera.py", tmp_path / "capavision" / "methods")
-    command = [sys.executable, "-m", "vtab.train", "--method", "vera", "--help"]
-    shown = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
-    assert "method vera:" in shown
-    assert "--rank INT" in shown

@@ -178,6 +178,22 @@ def test_the_default_schedule_is_a_cosine_by_step():
     assert max(rates(Config(task="dtd", epochs=10))) <= 1e-3
 
 
+def test_a_linear_decay_and_a_warm_up_in_steps_are_those_of_transformers():
+    """Up from 0 over the warm-up's steps, then straight down to 0, which the step after the last would have."""
+    made = Config(task="dtd", epochs=10, batch_size=100, lr=2e-3, warmup=30, decay="linear")
+    total, rising = 100, 30
+    expected = [2e-3 * (i / rising if i < rising else (total - i) / (total - rising)) for i in range(total)]
+    assert rates(made) == pytest.approx(expected)
+    share = Config(task="dtd", epochs=10, batch_size=100, lr=2e-3, warmup=0.3, decay="linear")
+    assert rates(share) == rates(made)
+    assert rates(Config(task="dtd", epochs=1, batch_size=100, warmup=1))[-1] < 1e-3  # 1 is the whole of it
+
+
+def test_a_warm_up_longer_than_the_schedule_is_refused():
+    with pytest.raises(ValueError, match="--warmup 200 is longer than the whole schedule, 100 steps; pass a share"):
+        rates(Config(task="dtd", epochs=10, batch_size=100, warmup=200))
+
+
 def test_sgd_has_momentum():
     optimizer = make_optimizer(probed(), config("--optimizer", "sgd"), fused=False)
     assert isinstance(optimizer, torch.optim.SGD)

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import scipy.linalg
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 import capavision as cv
 from capavision.structured import blocks_for, circulant, toeplitz
@@ -116,6 +117,15 @@ def test_ldr_has_that_displacement_rank_and_full_rank(rank):
     displaced = (shift + corner) @ delta - delta @ (shift - corner)
     assert np.linalg.matrix_rank(displaced) == rank
     assert np.linalg.matrix_rank(delta) == n
+
+
+@pytest.mark.parametrize("rank", [1, 4])
+def test_an_ldr_matrix_needs_no_product_of_matrices(rank):
+    delta = built(cv.LDR(rank=rank), 24, 12)
+    with FlopCounterMode(display=False) as counter:
+        delta.weight().square().sum().backward()
+    assert counter.get_total_flops() == 0
+    assert all(p.grad.abs().max() > 0 for p in delta.parameters())
 
 
 def test_ldr_of_rank_2_holds_every_toeplitz_matrix():

@@ -4,6 +4,8 @@ import csv
 import json
 import os
 import random
+import runpy
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +18,7 @@ import pytest
 import torch
 
 import capavision as cv
+from benchmarks import text as benchmark
 from examples import text_classification
 from examples.text import data, encode, glue, metrics, sources, tables
 from examples.text import run as running
@@ -51,7 +54,7 @@ def reviews(tmp_path_factory):
 def command(bert, reviews):
     """All but --out."""
     columns = ["--text-column", "review", "--label-column", "verdict"]
-    return ["--data", str(reviews), *columns, "--model", str(bert), "--rank", "2", *FAST]
+    return ["--data", str(reviews), *columns, "--model", str(bert), *FAST]
 
 
 @pytest.fixture(scope="module")
@@ -122,7 +125,7 @@ METHODS = {
     "capaboost": ["--method", "lora", "--rank", "2", "--branches", "2", "--masks", "complementary"],
     "learned masks": ["--method", "lora", "--masks", "learned", "--rank", "2", "--density", "0.5"],
     "adapter": ["--method", "adapter", "--rank", "2", "--branches", "2", "--targets", "*layer*.?"],
-    "houlsby": ["--method", "adapter", "--rank", "2", "--where", "houlsby", "--targets", "encoder.*output.dense"],
+    "houlsby": ["--method", "adapter", "--rank", "2", "--where", "houlsby", "--targets", "bert.encoder.*output.dense"],
     "prefix": ["--method", "prefix", "--length", "3"],
     "circulant": ["--method", "circulant"],
     "bitfit": ["--method", "bitfit"],
@@ -133,9 +136,8 @@ METHODS = {
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_trains_and_its_file_gives_back_what_was_tested(method, bert, command, tmp_path):
-    argv = [word for word in command if word not in ("--rank", "2")]
-    argv += ["--epochs", "1", "--batch-size", "16", "--train-size", "100", "--lr", "1e-2", *METHODS[method]]
-    result = run(argv, tmp_path, "--name", "a")
+    argv = ["--epochs", "1", "--train-size", "100", "--lr", "1e-2", *METHODS[method]]
+    result = run([*command, *argv], tmp_path, "--name", "a")
     about = cv.describe(tmp_path / "a" / "adapter.safetensors")
     model, fresh = (models.build(about["info"], tmp_path / "a") for _ in range(2))
     cv.load(tmp_path / "a" / "adapter.safetensors", model)
@@ -151,8 +153,7 @@ def test_every_method_trains_and_its_file_gives_back_what_was_tested(method, ber
 def test_training_learns_what_the_head_alone_does_not(command, tmp_path):
     settings = ["--epochs", "6", "--lr", "1e-2"]
     adapted = run(command, tmp_path, *settings, "--targets", "linear", "--name", "lora")
-    argv = [word for word in command if word not in ("--rank", "2")]
-    head = run([*argv, "--epochs", "6", "--batch-size", "16"], tmp_path, "--method", "linear_probe", "--name", "head")
+    head = run(command, tmp_path, *settings, "--method", "linear_probe", "--name", "head")
     assert adapted["accuracy"] > max(85, head["accuracy"] + 5)
 
 
@@ -192,32 +193,22 @@ def test_tuning_watches_val_and_never_measures_the_test_texts(command, tmp_path,
     assert seen[-1] == "test"  # the guard itself works
 
 
-def test_a_run_killed_at_any_epoch_ends_as_if_it_never_stopped(command, tmp_path):
+def test_a_run_killed_at_any_epoch_ends_as_if_it_never_stopped(command, tmp_path, capsys):
     """A real process, killed with SIGKILL in the middle, then the same command again."""
-    argv = [*command, "--epochs", "10"]
-    text_classification.main([*argv, "--out", str(tmp_path / "whole"), "--name", "a"])
-    line = [
-        sys.executable,
-        "-m",
-        "examples.text_classification",
-        *argv,
-        "--out",
-        str(tmp_path / "killed"),
-        "--name",
-        "a",
-    ]
+    argv = [*command, "--epochs", "8"]
+    run(argv, tmp_path, "--name", "whole")
+    line = [sys.executable, "-m", "examples.text_classification", *argv, "--out", str(tmp_path), "--name", "killed"]
     environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
     process = subprocess.Popen(line, env=environment, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-    metrics_file = tmp_path / "killed" / "a" / "metrics.jsonl"
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
     deadline = time.monotonic() + 120
-    while not metrics_file.is_file() and time.monotonic() < deadline and process.poll() is None:
+    while not (killed / "metrics.jsonl").is_file() and time.monotonic() < deadline and process.poll() is None:
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    assert 0 < len(metrics_file.read_text().splitlines()) < 10, "not killed in the middle: this would prove nothing"
-    resumed = subprocess.run(line, env=environment, check=True, capture_output=True, text=True)
-    assert "resuming after epoch" in resumed.stdout
-    whole, killed = (tmp_path / name / "a" for name in ("whole", "killed"))
+    assert 0 < len(losses(killed)) < 8, "not killed in the middle: this would prove nothing"
+    run(argv, tmp_path, "--name", "killed")
+    assert "resuming after epoch" in capsys.readouterr().out
     assert losses(whole) == losses(killed)
     one, two = (cv.load(f / "adapter.safetensors", models.build(cv.describe(f / "adapter.safetensors")["info"], f))
                 for f in (whole, killed))  # fmt: skip
@@ -226,19 +217,19 @@ def test_a_run_killed_at_any_epoch_ends_as_if_it_never_stopped(command, tmp_path
     assert {path.name for path in killed.iterdir()} == FILES
 
 
-def test_a_full_disk_is_one_line_and_loses_no_epoch(command, tmp_path):
+def test_a_full_disk_is_one_line_and_loses_no_epoch(command, tmp_path, capsys):
     """A file size limit stands in for the full disk: the checkpoint does not fit."""
     resource = pytest.importorskip("resource")
     argv = [*command, "--rank", "256", "--out", str(tmp_path), "--name", "a"]
-
-    def limit():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
-
-    line = [sys.executable, "-m", "examples.text_classification", *argv]
-    full = subprocess.run(line, preexec_fn=limit, capture_output=True, text=True, check=False)
-    assert full.returncode == 2, full.stderr
-    assert full.stderr.strip().splitlines()[-1].startswith("error: ")
-    assert "Traceback" not in full.stderr
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
+    try:
+        with pytest.raises(SystemExit) as stop:
+            cli.run(lambda: text_classification.main(argv))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert stop.value.code == 2
+    assert capsys.readouterr().err.strip().splitlines()[-1].startswith("error: ")
     assert not list((tmp_path / "a").glob(".*.part*"))
     assert text_classification.main(argv)["images"] == 60
 
@@ -278,12 +269,12 @@ def test_the_report_shows_text_runs_beside_each_other(finished, command, tmp_pat
     run(command, tmp_path, "--seeds", "2", "--name", "lora")
     numbers = ["--label-column", "stars", "--metric", "pearson+spearman", "--name", "numbers"]
     run(command, tmp_path, *numbers)
-    (tmp_path / "capaboost").symlink_to(finished[0])
+    shutil.copytree(finished[0], tmp_path / "capaboost")
     runs, problems = read_all([tmp_path])
     assert not problems
     rows, _ = arrange(runs)
-    assert {row.method for row in rows} == {"lora r2", "capaboost-lora r2 x2"}
-    cells = {task: cell for row in rows for task, cell in row.cells.items() if row.method == "lora r2"}
+    assert {row.method for row in rows} == {"lora r8", "capaboost-lora r8 x2"}
+    cells = {task: cell for row in rows for task, cell in row.cells.items() if row.method == "lora r8"}
     assert set(cells) == {"reviews.csv", "reviews.csv (pearson+spearman)"}
     assert len(cells["reviews.csv"].runs) == 2
     assert cells["reviews.csv"].interval[0] < cells["reviews.csv"].mean < cells["reviews.csv"].interval[1]
@@ -612,6 +603,14 @@ def test_a_recipe_has_the_scripts_figures(name, figures):
     assert text_classification.COMMAND.parse(["--recipe", name, "--lr", "1"]).lr == 1
 
 
+def test_the_table_of_recipes_names_each_with_its_source(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["recipes"])
+    monkeypatch.delitem(sys.modules, "examples.text.recipes")
+    runpy.run_module("examples.text.recipes", run_name="__main__")
+    said = capsys.readouterr().out
+    assert all(f"| {recipe.name} |" in said and recipe.source in said for recipe in RECIPES.values())
+
+
 def test_ranks_and_scales_of_the_recipes():
     found = {name: text_classification.COMMAND.parse(["--recipe", name]).method for name in RECIPES}
     assert found["capaboost-lora-deberta-rte"] == cv.LoRA(rank=8, alpha=16.0, branches=2)
@@ -661,9 +660,6 @@ def offline(monkeypatch):
 def test_a_mistake_is_one_line_that_names_the_cure(case, command, tmp_path, capsys, offline):
     argv, message = REFUSED[case]
     defaults = [] if case == "no data" else command
-    defaults = [
-        word for word in defaults if case not in ("method", "recipe of another method") or word not in ("--rank", "2")
-    ]
     assert message in refused(capsys, [*defaults, *argv, "--out", str(tmp_path)])
     assert list(tmp_path.iterdir()) == [], "a refused command left something behind"
 
@@ -713,7 +709,7 @@ def test_a_tokenizer_that_does_not_fit_the_model_is_refused(command, bert, tmp_p
         path.unlink()
     said = refused(capsys, [*command, "--model", str(folder), "--out", str(tmp_path / "runs")])
     assert "tokenizer" in said
-    assert not (tmp_path / "runs").exists()
+    assert not any((tmp_path / "runs").iterdir())
 
 
 def test_pickled_weights_and_other_checkpoints_are_refused(command, tmp_path, capsys):
@@ -733,6 +729,27 @@ def test_an_architecture_that_transformers_does_not_have_is_refused(tmp_path):
     for name in ("os", "BertConfig", "NoSuchModel"):
         with pytest.raises(ValueError, match=f"has no model '{name}'"):
             models.build({"text": {"model": "demo", "architecture": name}}, tmp_path)
+
+
+# The benchmark
+
+
+def test_its_arms_are_tuned_on_val_and_tested_once(command, tmp_path, monkeypatch):
+    monkeypatch.setattr(benchmark, "GRID", {"lora-r2": (1e-6, 1e-2)})
+    argv = ["--arms", "lora-r2", "--seeds", "2", "--epochs", "3", "--test", "10", "--out", str(tmp_path)]
+    argv += [*command[: command.index("--epochs")], "--targets", "linear"]
+    found = benchmark.main(argv)
+    runs = {path.parent.name: json.loads(path.read_text()) for path in tmp_path.glob("*/result.json")}
+    assert set(runs) == {"tune-lora-r2-lr1e-06", "tune-lora-r2-lr0.01", "lora-r2-s0", "lora-r2-s1"}
+    tuned = {name: run for name, run in runs.items() if name.startswith("tune")}
+    assert {run["split"] for run in tuned.values()} == {"val"}
+    best = max(tuned.values(), key=lambda run: run["score"])["config"]["lr"]
+    finals = [runs[f"lora-r2-s{seed}"] for seed in (0, 1)]
+    assert [(run["split"], run["images"], run["config"]["lr"]) for run in finals] == [("test", 10, best)] * 2
+    assert f"{finals[0]['score']:.1f}, {finals[1]['score']:.1f}" in found
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")}
+    assert benchmark.main(argv).rpartition("|")[0] == found.rpartition("|")[0]
+    assert before == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")}
 
 
 # The command line

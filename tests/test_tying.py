@@ -14,6 +14,7 @@ from torch import nn
 
 import capavision as cv
 from capavision import host as hosting
+from capavision.masks import digest
 from capavision.tying import masks_of, tied
 from tests.conftest import assert_moved, assert_unchanged, awaken, create, images, outputs, seeded, snapshot, tiny_vit
 
@@ -25,14 +26,20 @@ STACKS = {
     "mixer": Stack(
         lambda: seeded(lambda: MlpMixer(5, img_size=32, patch_size=8, num_blocks=4, embed_dim=32)).eval(), "blocks", 4
     ),
-    "equal blocks of a resnet's stage": Stack(lambda: create("resnet26", layers=(1, 3, 1, 1)), ["layer2.[12]"], 2),
+    "equal blocks of a resnet's stage": Stack(
+        lambda: create("resnet26", layers=(1, 3, 1, 1), channels=(16, 24, 32, 48)), ["layer2.[12]"], 2
+    ),
     "swin stage, every other window shifted": Stack(
-        lambda: create("swin_tiny_patch4_window7_224", img_size=64, window_size=4, embed_dim=24, depths=(4, 2, 2, 2)),
+        lambda: create(
+            "swin_tiny_patch4_window7_224", img_size=64, window_size=4, embed_dim=24, depths=(4, 2), num_heads=(3, 6)
+        ),
         "layers.0.blocks",
         4,
         64,
     ),
-    "convnext stage": Stack(lambda: create("convnext_atto", depths=(1, 2, 3, 1)), "stages.2.blocks", 3),
+    "convnext stage": Stack(
+        lambda: create("convnext_atto", depths=(1, 2, 3, 1), dims=(16, 24, 32, 48)), "stages.2.blocks", 3
+    ),
 }
 MASKS = {
     "no masks": {},
@@ -171,6 +178,21 @@ def test_masks_are_distinct_exact_and_those_of_the_seed(masks, density):
     assert not torch.equal(bits, drawn(2)[0])
 
 
+# Frozen: a file holds the seed and not the masks.
+@pytest.mark.parametrize(
+    ("kind", "density", "expected"),
+    [
+        ("random", 0.3, "e79f443072155c915c56a312f40909978b849b3d94a0eb9a7e95c25f9e0a301c"),
+        ("complementary", None, "ccec6dcdabe5a15030acc556280ce5c48961e8d4b6168bf1c722ff3e57842048"),
+        ("2:4", None, "ae3d49150d5d3d6bea98ba621856bc35ae556421dbe271a9c7e1bd7ddd9c5fa0"),
+    ],
+)
+def test_the_masks_are_those_of_the_first_release(kind, density, expected):
+    model = tiny_vit(depth=4)
+    cv.tie(model, density=density, masks=kind, seed=3)
+    assert digest(masks_of(model)) == expected
+
+
 def test_nothing_but_linear_and_conv_weights_is_masked():
     model = awaken(tiny_vit(depth=3, init_values=0.1))
     report = cv.tie(model, density=0.5)
@@ -288,7 +310,7 @@ def test_a_tied_models_file_exports_to_onnx(tmp_path):
     cv.tie(model, density=0.5)
     preprocessing = {"size": 160, "mean": [0.5] * 3, "std": [0.5] * 3, "resize": "squash, bicubic"}
     cv.save(model, tmp_path / "it.safetensors", classes=["a", "b"], info={"preprocessing": preprocessing})
-    manifest = build_package(Source.open(tmp_path / "it.safetensors"), tmp_path / "package")
+    manifest = build_package(Source.open(tmp_path / "it.safetensors"), tmp_path / "package", exporter="legacy")
     (task,) = manifest["tasks"].values()
     assert max(task["parity"]["relative_error"].values()) < 1e-5
 

@@ -230,6 +230,7 @@ def command(root):
     return [*data, "--model", "test_vit", "--weights", "random", "--img-size", "32", "--epochs", "1", "--rank", "2"]
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_a_damaged_test_image_is_found_before_training(root, tmp_path):
     damaged = sorted((root / "dtd" / "images" / "test").iterdir())[-1]
     damaged.write_bytes(damaged.read_bytes()[:-40])
@@ -239,6 +240,7 @@ def test_a_damaged_test_image_is_found_before_training(root, tmp_path):
     train.main([*command(root), "--stage", "tune", "--out", str(tmp_path / "runs"), "--name", "b"])
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_a_run_decodes_its_training_images_once(root, tmp_path, monkeypatch):
     """Through the command: the second run of the same task reads no training file, and gives the same numbers."""
     tiny = [*command(root), "--out", str(tmp_path / "runs")]

@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -12,15 +13,22 @@ from vtab.lists import write_lists
 from vtab.tasks import TASKS, find
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def sprites():
     return open_task("dsprites_loc")
 
 
+@pytest.fixture(scope="module")
+def once_written(sprites, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("written") / "dsprites_loc"
+    write_lists(sprites, folder, test_limit=4)
+    return folder
+
+
 @pytest.fixture
-def written(sprites, tmp_path):
-    """A VTAB-1k folder with full training lists and four test images."""
-    write_lists(sprites, tmp_path / "dsprites_loc", test_limit=4)
+def written(once_written, tmp_path):
+    """A VTAB-1k folder with full training lists and four test images, that a test may spoil."""
+    shutil.copytree(once_written, tmp_path / "dsprites_loc")
     return tmp_path
 
 

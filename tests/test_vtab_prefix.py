@@ -108,6 +108,7 @@ def test_forwards_come_back_after_an_error():
     assert all("forward" not in module.__dict__ for module in model.modules())
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_a_run_learns_the_same_with_it(tmp_path):
     argv = ["--task", "digits", *TINY, "--targets", "blocks.1*", "--drop-path", "0", "--out", str(tmp_path)]
     plain, cached = (train.main([*argv, *more]) for more in ((), ("--cache-frozen-prefix",)))

@@ -12,12 +12,14 @@ import torch
 from torch import nn
 
 import capavision as cv
+from tests.conftest import full_disk
 from vtab import cli, evaluate, limits, loop, record, setup, train
 from vtab.config import Config, parse
 from vtab.data import Data, Split
 from vtab.evaluate import accuracy
 from vtab.loop import Loop
 
+pytestmark = pytest.mark.usefixtures("no_pictures")  # only of `finished` they are drawn
 TINY = ["--model", "test_vit", "--weights", "random", "--img-size", "32"]
 TINY += ["--epochs", "2", "--batch-size", "125", "--rank", "2"]
 FILES = {"config.json", "metrics.jsonl", "adapter.safetensors", "curve.png", "predictions.png", "predictions.npz"}
@@ -161,7 +163,7 @@ def test_training_learns_and_beats_the_head_alone(tmp_path):
     assert head["trained_parameters"] == 0
 
 
-def test_a_run_killed_at_any_epoch_ends_as_if_it_never_stopped(tmp_path):
+def test_a_run_killed_at_any_epoch_ends_as_if_it_never_stopped(tmp_path, capsys):
     """A real process, killed with SIGKILL in the middle, then the same command again."""
     argv = ["--task", "digits", *TINY, "--epochs", "6", "--batch-size", "25", "--test-limit", "50"]
     train.main([*argv, "--out", str(tmp_path / "whole"), "--name", "a"])
@@ -176,8 +178,9 @@ def test_a_run_killed_at_any_epoch_ends_as_if_it_never_stopped(tmp_path):
     process.wait()
     done = len(metrics.read_text().splitlines())
     assert 0 < done < 6, "the process was not killed in the middle, so this test would prove nothing"
-    resumed = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
-    assert "resuming after epoch" in resumed.stdout
+    capsys.readouterr()
+    train.main([*argv, "--out", str(tmp_path / "killed"), "--name", "a"])
+    assert "resuming after epoch" in capsys.readouterr().out
     whole, killed = (json.loads((tmp_path / name / "a" / "result.json").read_text()) for name in ("whole", "killed"))
     assert whole["accuracy"] == killed["accuracy"]
     losses = [
@@ -231,19 +234,15 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_epoch(tmp_path,
     assert "resuming after epoch 1 of 3" in capsys.readouterr().out
 
 
-def test_a_full_disk_is_one_line_and_loses_no_epoch(tmp_path, finished):
-    """A file size limit stands in for the full disk: the second checkpoint does not fit."""
-    resource = pytest.importorskip("resource")
+def test_a_full_disk_is_one_line_and_loses_no_epoch(tmp_path, capsys):
+    """The second checkpoint does not fit."""
     argv = ["--task", "digits", *TINY, "--rank", "64", "--out", str(tmp_path), "--name", "a"]
-
-    def limit():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
-
-    command = [sys.executable, "-m", "vtab.train", *argv]
-    full = subprocess.run(command, preexec_fn=limit, capture_output=True, text=True, check=False)
-    assert full.returncode == 2, full.stderr
-    assert full.stderr.strip().splitlines()[-1].startswith("error: ")
-    assert "Traceback" not in full.stderr
+    with full_disk(50_000), pytest.raises(SystemExit) as stop:
+        cli.run(lambda: train.main(argv))
+    assert stop.value.code == 2
+    said = capsys.readouterr().err
+    assert said.strip().splitlines()[-1].startswith("error: ")
+    assert "Traceback" not in said
     assert not list((tmp_path / "a").glob(".*.part*"))
     assert train.main(argv)["images"] == 797
 

@@ -93,10 +93,10 @@ class Config(Training):
 
 
 TRAIN = Command(
-    "python -m vtab.train",
-    "Fine-tune a timm backbone on one task; the run folder holds the adapter and every figure.",
-    Config,
-    limits.CHOICES,
-    recipes.RECIPES,
+    prog="python -m vtab.train",
+    description="Fine-tune a timm backbone on one task; the run folder holds the adapter and every figure.",
+    config=Config,
+    choices=limits.CHOICES,
+    recipes=recipes.RECIPES,
 )
 parse = TRAIN.parse

@@ -6,6 +6,7 @@ pixels, so its accuracies are not dSprites accuracies and every record says so. 
 ids, cut as VTAB cuts: 80 % train, 10 % val, 10 % test; the first 800 and 200 of the first two, all of the third.
 """
 
+import functools
 import hashlib
 from collections.abc import Callable
 
@@ -35,6 +36,7 @@ def latents(index: int) -> tuple[int, int, int, int, int]:
     return shape, scale, angle, x, y
 
 
+@functools.cache
 def _outline(shape: int) -> np.ndarray:
     """The shape's boundary as points (n, 2) within the unit circle."""
     if shape == 0:
@@ -48,9 +50,6 @@ def _outline(shape: int) -> np.ndarray:
     return heart / np.linalg.norm(heart, axis=1).max()
 
 
-_OUTLINES = [_outline(shape) for shape in range(SHAPES)]
-
-
 def draw(index: int) -> Image.Image:
     """The sprite with this id: 64 × 64, black and white, no noise."""
     shape, scale, angle, x, y = latents(index)
@@ -58,7 +57,7 @@ def draw(index: int) -> Image.Image:
     size = RADIUS * (0.5 + 0.5 * scale / (SCALES - 1))
     rotation = np.array([[np.cos(turn), -np.sin(turn)], [np.sin(turn), np.cos(turn)]])
     centre = 16 + 31 * np.array([x, y]) / (PLACES - 1)
-    points = (_OUTLINES[shape] @ rotation.T * size + centre) * SUPER
+    points = (_outline(shape) @ rotation.T * size + centre) * SUPER
     canvas = Image.new("L", (SIDE * SUPER, SIDE * SUPER))
     ImageDraw.Draw(canvas).polygon([tuple(p) for p in points], fill=255)
     small = canvas.resize((SIDE, SIDE), Image.Resampling.BOX)

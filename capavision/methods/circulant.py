@@ -18,7 +18,8 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from capavision.delta import Method, Site
-from capavision.structured import Matrix, Structured, blocks_for, circulant, tiled
+from capavision.merged import Contraction
+from capavision.structured import Matrix, Structured, blocks_for, circulant, circulant_contraction, tiled
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,14 @@ class Circulants(Matrix):
         self.c = nn.Parameter(site.zeros(tiles, n))
         self.a = nn.Parameter((3 * n) ** 0.5 * site.uniform("a", tiles, n)) if config.product else None
 
-    def forward(self) -> Tensor:
+    def columns(self) -> Tensor:
+        """The first column of each tile."""
         c = self.c if self.a is None else self.a * self.c
-        return tiled(circulant(self.scale * c), *self.shape)
+        first: Tensor = self.scale * c
+        return first
+
+    def forward(self) -> Tensor:
+        return tiled(circulant(self.columns()), *self.shape)
+
+    def contraction(self) -> Contraction:
+        return circulant_contraction(self.columns(), *self.shape)

@@ -15,11 +15,12 @@ Differs from the authors' code: S(h) is skew-circulant at every n (their root of
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from capavision.checks import whole
-from capavision.delta import Method, Site, product
-from capavision.structured import Matrix, Structured, blocks_for, circulant, tiled
+from capavision.delta import Method, Site
+from capavision.structured import Matrix, Structured, blocks_for, tiled
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,22 @@ class LowDisplacement(Matrix):
         self.h = nn.Parameter(site.uniform("h", tiles, config.rank, n))
 
     def forward(self) -> Tensor:
-        # [C(g_1) … C(g_r)] [S(h_1); …; S(h_r)]: the sum over i is one product a tile
-        left = circulant(self.scale * self.g).transpose(1, 2).flatten(2)
-        right = circulant(self.h, sign=-1).flatten(1, 2)
-        return tiled(product(left, right), *self.shape)
+        return tiled(displaced(self.scale * self.g, self.h), *self.shape)
+
+
+def displaced(g: Tensor, h: Tensor) -> Tensor:
+    """M = Σ_i C(g_i) S(h_i), (…, n, n) of g and h (…, rank, n), without a product of matrices.
+
+    The displacement gives M's diagonals as running sums, i + 1 modulo n:
+
+        M[i + 1, j + 1] = M[i, j] - 2 Σ_r g_r[i + 1] h_r[n - 1 - j]
+
+    After n such steps a diagonal would be at minus its start, which is therefore the sum over all of them.
+    """
+    n = g.shape[-1]
+    twice = torch.cat([g, g], -1)[..., 1:]
+    steps = (twice.unfold(-1, n, 1) * h.flip(-1)[..., None]).sum(-3)  # (n, n), of column j and diagonal d
+    sums = steps.cumsum(-2)
+    diagonals = torch.sub(sums[..., -1:, :], sums - steps, alpha=2)  # M[(d + j) mod n, j]
+    twisted = torch.cat([diagonals, diagonals], -1).flatten(-2)[..., n:]  # read in rows of one less: M[i, j], turned
+    return twisted.reshape(*g.shape[:-2], n, 2 * n - 1)[..., :n].transpose(-1, -2)

@@ -19,15 +19,16 @@ from torch import Tensor, nn
 
 from capavision.checks import one_of
 from capavision.delta import Method, Site, product
-from capavision.structured import Matrix, Structured, toeplitz
+from capavision.merged import Contraction
+from capavision.structured import Matrix, Structured, toeplitz, toeplitz_contraction
 
 
 def _length(kind: str, n_out: int, n_in: int) -> int:
     return n_out + n_in - 1 if kind == "general" else max(n_out, n_in)
 
 
-def _dense(kind: str, t: Tensor, n_out: int, n_in: int) -> Tensor:
-    return toeplitz(t if kind == "general" else torch.cat([t[1:n_in].flip(0), t[:n_out]]), n_out, n_in)
+def _diagonals(kind: str, t: Tensor, n_out: int, n_in: int) -> Tensor:
+    return t if kind == "general" else torch.cat([t[1:n_in].flip(0), t[:n_out]])
 
 
 @dataclass(frozen=True)
@@ -69,5 +70,12 @@ class ToeplitzMatrix(Matrix):
 
     def forward(self) -> Tensor:
         n_out, n_in = self.shape
-        T = _dense(self.kind, self.scale * self.t, n_out, n_in)
-        return T if self.a is None else product(T, _dense(self.kind, self.a, n_in, n_in))
+        T = toeplitz(self.diagonals(), n_out, n_in)
+        return T if self.a is None else product(T, toeplitz(_diagonals(self.kind, self.a, n_in, n_in), n_in, n_in))
+
+    def diagonals(self) -> Tensor:
+        """Those of T(t), scaled."""
+        return _diagonals(self.kind, self.scale * self.t, *self.shape)
+
+    def contraction(self) -> Contraction | None:
+        return None if self.a is not None else toeplitz_contraction(self.diagonals(), *self.shape)
