@@ -25,7 +25,7 @@ from vtab.command import Command
 
 COMMAND = Command(
     prog="python -m examples.text_classification",
-    description="Fine-tune a text encoder on one task; the run folder holds the adapter, the tokenizer and every figure.",
+    description="Fine-tune a text encoder on one task; the run folder holds adapter, tokenizer and every figure.",
     config=Classification,
     choices=limits.TRAINING | {"metric": tuple(METRICS)},
     recipes=RECIPES,

@@ -67,7 +67,9 @@ def test_help_needs_none_of_the_packages_and_says_the_same(asked, barred, monkey
 
 
 def test_every_command_of_the_readme_is_among_them():
-    named = set(re.findall(r"python -m ((?:vtab|export|benchmarks|examples)[a-z_.]*[a-z])", (ROOT / "README.md").read_text()))
+    named = set(
+        re.findall(r"python -m ((?:vtab|export|benchmarks|examples)[a-z_.]*[a-z])", (ROOT / "README.md").read_text())
+    )
     assert named <= {*COMMANDS, "vtab.backbones"}
     assert len(COMMANDS) > 20
 
