@@ -23,11 +23,11 @@ from vtab import cli, limits, seeds
 from vtab.command import Command
 
 COMMAND = Command(
-    "python -m examples.question_answering",
-    "Fine-tune a text encoder on questions; the run folder holds the adapter, the tokenizer, every answer and figure.",
-    QuestionAnswering,
-    limits.TRAINING,
-    RECIPES,
+    prog="python -m examples.question_answering",
+    description="Fine-tune a text encoder on questions; the run folder holds the adapter, tokenizer and every answer.",
+    config=QuestionAnswering,
+    choices=limits.TRAINING,
+    recipes=RECIPES,
 )
 
 
