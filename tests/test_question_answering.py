@@ -6,7 +6,7 @@ import itertools
 import json
 import math
 import random
-import subprocess
+import runpy
 import sys
 import types
 from pathlib import Path
@@ -22,8 +22,9 @@ from vtab.loop import Loop
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
 from examples import question_answering  # noqa: E402
-from examples.text import answers, qa_loop, qa_recipes, spans, squad  # noqa: E402
+from examples.text import answers, qa_loop, qa_recipes, spans, squad, windows  # noqa: E402
 from examples.text.qa_settings import QuestionAnswering  # noqa: E402
+from examples.text.questions import Answer, Question, Squad  # noqa: E402
 from export.text import build  # noqa: E402
 from tests import questions  # noqa: E402
 from tests.conftest import seeded  # noqa: E402
@@ -153,7 +154,7 @@ def test_f1_by_hand(pair):
 def test_an_answer_of_articles_alone_is_scored_as_each_script_does():
     assert (answers.f1("the", "a", "1.1"), answers.f1("the", "a", "2.0")) == (0.0, 1.0)
     assert (answers.f1("", "pier", "1.1"), answers.f1("", "pier", "2.0")) == (0.0, 0.0)
-    question = squad.Question("1", "?", "The pier", (squad.Answer("The", 0), squad.Answer("pier", 4)))
+    question = Question("1", "?", "The pier", (Answer("The", 0), Answer("pier", 4)))
     assert answers.golds(question, "1.1") == ["The", "pier"]
     assert answers.golds(question, "2.0") == ["pier"]
 
@@ -272,7 +273,7 @@ def mini(tmp_path_factory):
 
 
 def test_windows_hold_the_question_and_share_the_stride(mini, tokenizer):
-    found = spans.windows(mini, tokenizer, 48, 10)
+    found = windows.cut(mini, tokenizer, 48, 10)
     assert [window.question for window in found] == sorted(window.question for window in found)
     for number, question in enumerate(mini.questions):
         own = [window for window in found if window.question == number]
@@ -297,7 +298,7 @@ def test_windows_hold_the_question_and_share_the_stride(mini, tokenizer):
 
 def test_labels_read_back_as_the_answer_and_answers_cut_off_as_null(mini, tokenizer):
     """h3 and h4 stand far behind the first window, so that without the stride there would be nothing to learn."""
-    found = spans.windows(mini, tokenizer, 48, 16)
+    found = windows.cut(mini, tokenizer, 48, 16)
     for number, question in enumerate(mini.questions):
         own = [window for window in found if window.question == number]
         nulls = [window for window in own if window.label == (window.null, window.null)]
@@ -321,8 +322,8 @@ def test_labels_read_back_as_the_answer_and_answers_cut_off_as_null(mini, tokeni
 
 
 def test_an_answer_in_the_middle_of_a_word_is_labelled_with_that_word(tokenizer):
-    question = squad.Question("1", "Which?", "Tom Cranes' 96 steps", (squad.Answer("ran", 5),))
-    (window,) = spans.windows(squad.Squad((question,), "1.1", ""), tokenizer, 40, 4)
+    question = Question("1", "Which?", "Tom Cranes' 96 steps", (Answer("ran", 5),))
+    (window,) = windows.cut(Squad((question,), "1.1", ""), tokenizer, 40, 4)
     start, end = window.offsets[window.label[0], 0], window.offsets[window.label[1], 1]
     assert start <= 5
     assert end >= 8
@@ -330,55 +331,61 @@ def test_an_answer_in_the_middle_of_a_word_is_labelled_with_that_word(tokenizer)
 
 
 def test_an_answer_without_a_space_around_it_is_labelled_alone(tokenizer):
-    question = squad.Question("1", "Which?", "It has (96) steps", (squad.Answer("96", 8),))
-    (window,) = spans.windows(squad.Squad((question,), "1.1", ""), tokenizer, 40, 4)
+    question = Question("1", "Which?", "It has (96) steps", (Answer("96", 8),))
+    (window,) = windows.cut(Squad((question,), "1.1", ""), tokenizer, 40, 4)
     start, end = window.offsets[window.label[0], 0], window.offsets[window.label[1], 1]
     assert question.context[start:end] == "96"
 
 
 def test_of_one_letter_in_several_tokens_the_label_takes_the_first_and_the_last():
-    question = squad.Question("1", "Which?", "tea 🍵 tea", (squad.Answer("🍵", 4),))
-    (window,) = spans.windows(squad.Squad((question,), "1.1", ""), questions.bytes_bpe(260), 40, 4)
+    question = Question("1", "Which?", "tea 🍵 tea", (Answer("🍵", 4),))
+    (window,) = windows.cut(Squad((question,), "1.1", ""), questions.bytes_bpe(260), 40, 4)
     assert window.label[1] - window.label[0] >= 3
     inside = window.offsets[window.label[0] : window.label[1] + 1]
     assert question.context[inside[:, 0].min() : inside[:, 1].max()].strip() == "🍵"
 
 
-def test_an_answer_that_the_tokenizer_drops_has_no_label():
-    question = squad.Question("1", "Which?", "tea \u200b\u200b tea", (squad.Answer("\u200b\u200b", 4),))
-    (window,) = spans.windows(squad.Squad((question,), "1.1", ""), questions.wordpiece(), 40, 4)
+def test_an_answer_that_no_window_holds_has_no_label():
+    """Dropped by the tokenizer, or longer than a window: as impossible it would be learned wrongly."""
+    dropped = Question("1", "Which?", "tea \u200b\u200b tea", (Answer("\u200b\u200b", 4),))
+    (window,) = windows.cut(Squad((dropped,), "1.1", ""), questions.wordpiece(), 40, 4)
     assert window.label is None
+    context = "crab and herring and mussels and tea and bees"
+    for length, held in ((10, 0), (40, 1)):
+        long = Question("1", "Which?", context, (Answer(context[9:], 9),))
+        found = windows.cut(Squad((long,), "1.1", ""), questions.wordpiece(), length, 2)
+        assert (len(found) > 1, sum(window.label is not None for window in found)) == (not held, held)
 
 
 def test_what_cannot_be_cut_into_windows_is_refused(mini, tokenizer):
     with pytest.raises(
         ValueError, match=r"question h1 has \d+ tokens, which leaves \d+ of --max-length 16 to the context"
     ):
-        spans.windows(mini, tokenizer, 16, 8)
-    nothing = squad.Question("1", "Which?", "\u200b\u200b", ())
+        windows.cut(mini, tokenizer, 16, 8)
+    nothing = Question("1", "Which?", "\u200b\u200b", ())
     with pytest.raises(ValueError, match="makes no token of the context of question 1"):
-        spans.windows(squad.Squad((nothing,), "2.0", ""), questions.wordpiece(), 40, 4)
+        windows.cut(Squad((nothing,), "2.0", ""), questions.wordpiece(), 40, 4)
 
 
 def test_the_length_that_a_refusal_advises_is_enough(mini, tokenizer):
     length = 16
     for _ in range(10):
         try:
-            spans.windows(mini, tokenizer, length, 8)
+            windows.cut(mini, tokenizer, length, 8)
             break
         except ValueError as error:
             length = int(str(error).split("pass --max-length ")[1].split()[0])
     assert length < 128
-    assert spans.windows(mini, tokenizer, length, 8)
+    assert windows.cut(mini, tokenizer, length, 8)
 
 
 def test_every_window_takes_a_step_forward_or_none_is_made(mini, tokenizer):
     one = mini.head(1)
     asked = len(tokenizer(one.questions[0].text)["input_ids"]) - 2 + tokenizer.num_special_tokens_to_add(pair=True)
     with pytest.raises(ValueError, match="leaves 8 of --max-length"):
-        spans.windows(one, tokenizer, asked + 8, 8)
+        windows.cut(one, tokenizer, asked + 8, 8)
     size = len(tokenizer(one.questions[0].context, add_special_tokens=False)["input_ids"])
-    assert len(spans.windows(one, tokenizer, asked + 9, 8)) == size - 8
+    assert len(windows.cut(one, tokenizer, asked + 9, 8)) == size - 8
 
 
 # --- decoding
@@ -411,7 +418,7 @@ def random_logits(found, seed=0, padding=5):
 
 @pytest.mark.parametrize("longest", [1, 6, 30])
 def test_a_questions_answers_are_the_best_over_its_windows(mini, tokenizer, longest):
-    found = spans.windows(mini, tokenizer, 48, 16)
+    found = windows.cut(mini, tokenizer, 48, 16)
     logits = random_logits(found)
     decoded = spans.decode(mini, found, logits, longest, 7)
     for number, (question, told) in enumerate(zip(mini.questions, decoded, strict=True)):
@@ -429,9 +436,9 @@ def test_a_questions_answers_are_the_best_over_its_windows(mini, tokenizer, long
         assert told.spans[0].score == expected[0][1]
         assert [span.score for span in told.spans] == [score for _, score in expected][: len(told.spans)]
         for span, (place, _) in zip(told.spans, expected, strict=False):
-            assert span.start == place[0]
-            assert question.context[span.start : span.end].strip() == span.text
-            assert span.text
+            whole = question.context[place[0] : spans._whole(question.context, place[1])]
+            assert span.text == question.context[span.start : span.end] == whole.strip() != ""
+            assert span.start - place[0] == len(whole) - len(whole.lstrip())
 
 
 def test_the_threshold_decides_between_the_best_span_and_none():
@@ -443,7 +450,7 @@ def test_the_threshold_decides_between_the_best_span_and_none():
 
 def test_logits_of_the_labels_decode_to_full_marks(mini, tokenizer):
     """All the way round: labels as logits, in every window that has the answer, score 100."""
-    found = spans.windows(mini, tokenizer, 48, 16)
+    found = windows.cut(mini, tokenizer, 48, 16)
     logits = []
     for window, noise in zip(found, random_logits(found), strict=True):
         starts, ends = (np.float32(0.01) * values for values in noise)
@@ -537,7 +544,7 @@ def test_nbest_and_null_odds_agree_with_the_predictions(finished, mini):
         best = next(entry for entry in entries if entry["text"])
         assert odds[question.id] == pytest.approx(null - best["score"])
         assert said[question.id] == ("" if odds[question.id] > 0 else best["text"])
-        assert question.context[best["start"] :].lstrip().startswith(best["text"])
+        assert question.context[best["start"] :].startswith(best["text"])
 
 
 def test_the_adapter_file_gives_back_the_model_that_answered(finished, mini):
@@ -545,11 +552,11 @@ def test_the_adapter_file_gives_back_the_model_that_answered(finished, mini):
     text = cv.describe(folder / "adapter.safetensors")["info"]["text"]
     plain = build({"text": text}, folder)
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    windows = spans.windows(mini, tokenizer, text["max_length"], text["stride"])
-    encoded, _ = qa_loop.encode(windows, tokenizer, torch.device("cpu"))
-    before = spans.decode(mini, windows, qa_loop.predict(plain, encoded))
+    cut = windows.cut(mini, tokenizer, text["max_length"], text["stride"])
+    encoded, _ = qa_loop.encode(cut, tokenizer, torch.device("cpu"))
+    before = spans.decode(mini, cut, qa_loop.predict(plain, encoded))
     model = cv.load(folder / "adapter.safetensors", plain)
-    after = spans.decode(mini, windows, qa_loop.predict(model, encoded))
+    after = spans.decode(mini, cut, qa_loop.predict(model, encoded))
     answered = {q.id: told.answer(0.0) for q, told in zip(mini.questions, after, strict=True)}
     assert answered == told(folder / "predictions.json")
     moved = [abs(one.null - two.null) for one, two in zip(before, after, strict=True)]
@@ -592,7 +599,7 @@ def test_a_run_that_is_stopped_ends_as_if_it_never_was(place, tmp_path, monkeypa
 
 
 def test_without_impossible_questions_there_is_always_an_answer(place, tmp_path):
-    result = run(place, tmp_path, "--null-threshold=-1e9", version="1.1")
+    result = run(place, tmp_path, version="1.1")
     assert all(told(tmp_path / "a" / "predictions.json").values())
     assert not (tmp_path / "a" / "null_odds.json").exists()
     assert all(entry["text"] for kept in told(tmp_path / "a" / "nbest_predictions.json").values() for entry in kept)
@@ -695,17 +702,17 @@ def test_a_head_of_three_classes_is_replaced_by_start_and_end(place, tmp_path):
 def test_a_windows_loss_and_logits_do_not_depend_on_its_padding(place, mini):
     text = {"model": str(place / "encoder"), "architecture": "BertForQuestionAnswering"}
     model, tokenizer = build({"text": text}, place), questions.wordpiece()
-    windows = spans.windows(mini, tokenizer, 48, 16)
-    encoded, labels = qa_loop.encode(windows, tokenizer, torch.device("cpu"))
+    cut = windows.cut(mini, tokenizer, 48, 16)
+    encoded, labels = qa_loop.encode(cut, tokenizer, torch.device("cpu"))
     assert len(set(encoded.sizes.tolist())) > 5
     together = qa_loop.predict(model, encoded)
     loop = qa_loop.SpanLoop(cv_injected(model), encoded, labels, QuestionAnswering(train=place, dev=place))
-    (every,) = encoded.batches(torch.arange(len(windows)), len(windows))
+    (every,) = encoded.batches(torch.arange(len(cut)), len(cut))
     inputs, marked = loop.batch(every)
     with torch.no_grad():
         whole = loop.loss(loop.forward(inputs), marked)
     single = []
-    for number, window in enumerate(windows):
+    for number, window in enumerate(cut):
         alone, label = qa_loop.encode([window], tokenizer, torch.device("cpu"))
         ((start, end),) = qa_loop.predict(model, alone)
         assert len(start) == len(window.ids)
@@ -746,6 +753,9 @@ REFUSED = {
     "answer": (["+", "--longest-answer", "0"], "--longest-answer 0 must be at least 1"),
     "n best": (["+", "--n-best", "0"], "--n-best 0 must be at least 1"),
     "share": (["+", "--val-share", "1"], "--val-share 1.0 must lie in (0, 1)"),
+    "no use": (["+", "--dev", "{1.1.json}", "--null-threshold", "1"], "--null-threshold 1 has no use with 1.1.json"),
+    "no whole answer": (["+", "--train", "{long.json}"], "no window of long.json holds a whole answer; raise --max-"),
+    "long question": (["+", "--dev", "{endless.json}"], "0 of --max-length 48 to the context"),
     "threshold": (["+", "--null-threshold", "nan"], "--null-threshold nan must be a number"),
     "size": (["+", "--train-size", "14"], "--train-size 14 is more than the 13 questions of 2.0.json; lower it"),
     "one context": (["+", "--train", "{none.json}", "--stage", "tune"], "has one context, and --stage tune needs some"),
@@ -769,6 +779,8 @@ def bad(place):
 
     (place / "half.json").write_text((place / "2.0.json").read_text()[:500])
     write("start.json", lambda c: first(c)["answers"][0].update(answer_start=60))
+    write("endless.json", lambda c: first(c).update(question="Who built " * 10_000))
+    write("long.json", only_the_whole_context)
     write("context.json", lambda c: c["data"][0]["paragraphs"][0].update(context=""))
     write("none.json", lambda c: (c["data"].pop(0), [q.update(answers=[], is_impossible=True) for q in asked_last(c)]))
     for name, model, sizes in (("canine", "Canine", SMALL), ("vit", "ViT", SMALL), ("t5", "T5", {"d_model": 32})):
@@ -779,6 +791,13 @@ def bad(place):
     transformers.T5ForQuestionAnswering(small).save_pretrained(place / "t5")
     questions.wordpiece().save_pretrained(place / "t5")
     return place
+
+
+def only_the_whole_context(content):
+    paragraph = content["data"][0]["paragraphs"][0]
+    answer = {"text": paragraph["context"], "answer_start": 0}
+    paragraph["qas"] = [{"id": "1", "question": "What?", "answers": [answer]}]
+    content["data"] = [{"paragraphs": [paragraph]}]
 
 
 def asked_last(content):
@@ -850,7 +869,14 @@ def test_minilm_learns_to_answer(place, tmp_path):
     assert len(told(tmp_path / "a" / "predictions.json")) == 10
 
 
-def test_the_file_runs_as_well_as_the_module():
-    path = Path(question_answering.__file__)
-    done = subprocess.run([sys.executable, path, "--help"], capture_output=True, text=True, check=True, cwd=path.parent)
-    assert "--null-threshold" in done.stdout
+def test_the_file_runs_as_well_as_the_module(monkeypatch, capsys):
+    """In a Python that does not know where `examples` lies."""
+    root = Path(question_answering.__file__).resolve().parent.parent
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if Path(path).resolve() != root])
+    for name in [name for name in sys.modules if name.partition(".")[0] == "examples"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(sys, "argv", ["question_answering.py", "--help"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(question_answering.__file__, run_name="__main__")
+    assert ended.value.code == 0
+    assert "--null-threshold" in capsys.readouterr().out

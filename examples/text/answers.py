@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from examples.text.squad import Question, Squad
+from examples.text.questions import Question, Squad
 from vtab.evaluate import Accuracy
 
 RESAMPLES = 2000  # of the bootstrap of F1

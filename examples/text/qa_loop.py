@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from examples.text.encode import Encoded, padded
 from examples.text.loop import TextLoop
-from examples.text.spans import Window
+from examples.text.windows import Window
 from vtab.evaluate import autocast
 
 EVALUATED = 64  # windows a batch

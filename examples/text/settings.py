@@ -31,6 +31,11 @@ class TextTraining(Training):
     weight_decay: float = 0.01
     decay: str = "linear"
 
+    @property
+    def judge(self) -> str:
+        """The split that judges the run."""
+        return "val" if self.stage == "tune" else "test"
+
     def check(self) -> None:
         """Raise ValueError, with the cure, for the first setting that cannot be."""
         limits.check_training(self)
