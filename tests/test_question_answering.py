@@ -367,16 +367,16 @@ def test_what_cannot_be_cut_into_windows_is_refused(mini, tokenizer):
         windows.cut(Squad((nothing,), "2.0", ""), questions.wordpiece(), 40, 4)
 
 
-def test_the_length_that_a_refusal_advises_is_enough(mini, tokenizer):
-    length = 16
-    for _ in range(10):
-        try:
-            windows.cut(mini, tokenizer, length, 8)
-            break
-        except ValueError as error:
-            length = int(str(error).split("pass --max-length ")[1].split()[0])
-    assert length < 128
-    assert windows.cut(mini, tokenizer, length, 8)
+def test_the_length_that_a_refusal_advises_is_enough_and_so_is_the_stride(mini, tokenizer):
+    for flag, sizes in (("--max-length ", [16, 8]), ("--stride ", [24, 16])):
+        for _ in range(10):
+            try:
+                found = windows.cut(mini, tokenizer, *sizes)
+                break
+            except ValueError as error:
+                sizes[flag == "--stride "] = int(str(error).rpartition(flag)[2].split()[0])
+        assert found
+        assert sizes[0] < 128
 
 
 def test_every_window_takes_a_step_forward_or_none_is_made(mini, tokenizer):

@@ -75,9 +75,7 @@ def train(config: QuestionAnswering, folder: Path) -> dict[str, Any]:
     if lost := len(questions) - len({row.question for row in rows}):
         print(f"{lost:,} of them are left out: no window holds the whole answer")
     if questions.answerable == len(questions) and setup.judged[0].answerable < len(setup.judged[0]):
-        print(
-            "all of them have an answer, and not all questions to be judged by have: nothing here teaches to give none"
-        )
+        print("all of them have an answer, unlike those to be judged by: nothing teaches to give none")
     encoded, labels = qa_loop.encode(rows, adapted.tokenizer, adapted.device)
     history = qa_loop.SpanLoop(adapted.model, encoded, labels, config).fit(folder, watcher(setup))
     adapted.save(folder, setup.facts["source"])

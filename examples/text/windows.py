@@ -78,12 +78,14 @@ def cut(squad: Squad, tokenizer: Any, max_length: int, stride: int) -> list[Wind
 def _require_room(questions: Sequence[Question], tokenizer: Any, max_length: int, stride: int) -> None:
     marks = tokenizer.num_special_tokens_to_add(pair=True)
     texts = [question.text.strip() for question in questions]
-    for question, ids in zip(questions, tokenizer(texts, add_special_tokens=False)["input_ids"], strict=True):
-        if (room := max_length - len(ids) - marks) <= stride:
+    found = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]  # a long one is refused here
+    for question, ids in zip(questions, found, strict=True):
+        if (room := max(max_length - len(ids) - marks, 0)) <= stride:
+            other = f"--stride {room // 2}" if room > 1 else "shorten the question"
             raise ValueError(
-                f"question {question.id} has {len(ids)} tokens, which leaves {max(room, 0)} of --max-length "
-                f"{max_length} to the context, and windows that share --stride {stride} need more; pass --max-length "
-                f"{len(ids) + marks + 2 * stride + 1} or so, or a smaller --stride, or shorten the question"
+                f"question {question.id} has {len(ids)} tokens, which leaves {room} of --max-length {max_length} to "
+                f"the context, and windows that share --stride {stride} need more; pass --max-length "
+                f"{len(ids) + marks + 2 * stride + 1} or so, or {other}"
             )
 
 
