@@ -716,6 +716,9 @@ def test_a_windows_loss_and_logits_do_not_depend_on_its_padding(place, mini):
         alone, label = qa_loop.encode([window], tokenizer, torch.device("cpu"))
         ((start, end),) = qa_loop.predict(model, alone)
         assert len(start) == len(window.ids)
+        with torch.no_grad():
+            raw = model(**alone.inputs(alone.batches(torch.arange(1), 1)[0]))
+        np.testing.assert_allclose([start, end], [raw.start_logits[0], raw.end_logits[0]], atol=1e-5)
         for found, expected in zip((start, end), together[number], strict=True):
             np.testing.assert_allclose(found, expected, atol=1e-5)
         single += [torch.from_numpy(v).log_softmax(0)[i] for v, i in zip((start, end), label[0].tolist(), strict=True)]
