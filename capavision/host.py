@@ -34,6 +34,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.fx import Proxy
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -89,16 +90,19 @@ def _conv_forward(host: Any, x: Tensor) -> Tensor:
 def _merged_dtype(host: Any, x: Any) -> torch.dtype | None:
     """What the product with W + ΔW runs in: the weight's dtype, or autocast's; None where ΔW acts on its own.
 
-    That is beside a W in half precision, which would swallow a small ΔW; beside a trained or sharded W; and in what is
-    traced for others to run.
+    That is beside a W in half precision, which would swallow a small ΔW; beside a trained or sharded W; in what is
+    traced for others to run; and under forward-mode differentiation.
     """
     if isinstance(x, Proxy) or torch.jit.is_tracing() or torch.compiler.is_exporting():  # type: ignore[attr-defined,no-untyped-call]
+        return None
+    if forward_ad._current_level >= 0:
         return None
     base: Tensor = host._parameters["weight"]
     if base.dtype != delta_dtype(base) or base.requires_grad or is_sharded(base):
         return None
-    lower = torch.is_autocast_enabled(x.device.type) and base.dtype is torch.float32
-    dtype = torch.get_autocast_dtype(x.device.type) if lower else base.dtype
+    kind = x.device.type
+    lower = base.dtype is torch.float32 and torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    dtype = torch.get_autocast_dtype(kind) if lower else base.dtype
     return dtype if x.dtype in (dtype, base.dtype) else None
 
 

@@ -115,5 +115,13 @@ def assert_unchanged(model: nn.Module, before: dict[str, Any], but: tuple[str, .
         assert before[what] == after[what], what
 
 
+def run_in_half_and_traced(model: nn.Module, x: Tensor) -> None:
+    """What never runs on W + ΔW in float32: a base in half precision, and traces for others to run."""
+    model.bfloat16()(x.bfloat16())
+    model.float()
+    torch.jit.trace(model, x, check_trace=False)
+    torch.export.export(model, (x,))
+
+
 def assert_moved(adapted: Tensor, plain: Tensor) -> None:
     assert (adapted - plain).abs().max() > 1e-3, "the delta moved nothing, so this test would prove nothing"
