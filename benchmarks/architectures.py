@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
@@ -59,10 +60,10 @@ def sweep(names: Sequence[str], methods: Sequence[str]) -> Iterator[Row]:
             yield Row(name, families[name], method, result, time.perf_counter() - start, *counts)
 
 
-def attempt(model: nn.Module, method: cv.Method) -> tuple[str, cv.Report | None]:
+def attempt(model: nn.Module, method: cv.Method, example: Any = None) -> tuple[str, cv.Report | None]:
     """Inject, take the report, remove."""
     try:
-        report = cv.inject(model, method)
+        report = cv.inject(model, method, example=example)
     except ValueError as error:
         return f"refused: {error}", None
     except Exception as error:  # whatever goes wrong in one architecture is its row, and the sweep goes on

@@ -3,6 +3,7 @@
 import argparse
 import datetime
 from collections.abc import Collection, Iterable, Sequence
+from importlib.metadata import version
 
 import torch
 
@@ -29,10 +30,11 @@ def table(columns: Sequence[str], rows: Iterable[Iterable[object]]) -> str:
     return "\n".join([row(columns), row(["---"] * len(columns)), *map(row, rows)])
 
 
-def measured(command: str, seconds: float) -> str:
-    """Date, machine, versions, and the command that does it again."""
+def measured(command: str, seconds: float, packages: Sequence[str] = ("timm",)) -> str:
+    """Date, machine, versions, those of `packages` too, and the command that does it again."""
     env = environment(torch.device("cpu"))
-    versions = ", ".join(f"{name} {env[name]}" for name in ("python", "torch", "timm", "capavision"))
+    numbers = {name: env[name] for name in ("python", "torch")} | {name: version(name) for name in packages}
+    versions = ", ".join(f"{name} {number}" for name, number in {**numbers, "capavision": env["capavision"]}.items())
     return (
         f"`{command}`, {datetime.date.today():%d %B %Y}: {seconds / 60:.0f} minutes on {env['threads']} thread of a "
         f"{env['device']}; {versions}, commit {env['commit']}."

@@ -113,7 +113,8 @@ def example_input(model: nn.Module) -> Tensor:
         ValueError: the model does not tell its input size.
     """
     like = next(model.parameters())
-    size = getattr(getattr(model, "patch_embed", None), "img_size", None)
+    sizes = (getattr(child, "img_size", None) for child in model.children())  # a PatchEmbed's, whatever its name
+    size = next((size for size in sizes if isinstance(size, tuple)), None)
     cfg = getattr(model, "pretrained_cfg", None) or {}
     shape = (3, *size) if size else cfg.get("test_input_size") if cfg.get("fixed_input_size") else cfg.get("input_size")
     shape = shape or cfg.get("input_size")

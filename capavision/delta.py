@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from capavision.masks import uniform
-from capavision.merged import Block, Contraction
+from capavision.merged import Block, Contraction, as_they_are
 
 InRows = TypeVar("InRows", Block, Contraction)
 
@@ -65,7 +65,7 @@ def product(left: Tensor, right: Tensor) -> Tensor:
     """left @ right in the dtype they have, where autocast would round both factors to half precision first."""
     if not isinstance(left, Tensor):  # torch.fx's stand-in, whose graph holds no context
         return left @ right
-    with torch.autocast(left.device.type, enabled=False):
+    with as_they_are(left):
         return left @ right
 
 

@@ -19,7 +19,7 @@ How it works:
 
     class PrefixedAttention(Attention):       # an attention: its one softmax sees more keys and values
         def forward(self, *args, **kwargs):
-            with Prepend(*self.delta()):
+            with Prepend(*self.delta()):          # refused if no softmax came by: transformers' switch to "eager"
                 return Attention.forward(self, *args, **kwargs)
 
     class MaskedLinear(nn.Linear):            # one depth of a weight-tied model, see capavision.tying
@@ -34,12 +34,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.fx import Proxy
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from capavision import merged
 from capavision.delta import AttentionDelta, Delta, OutputDelta, WeightDelta, adapted, input_name
-from capavision.softmax import Prepend
+from capavision.softmax import Prepend, other_softmax
 from capavision.wrappers import is_sharded
 
 SLOT = "delta"
@@ -89,16 +90,19 @@ def _conv_forward(host: Any, x: Tensor) -> Tensor:
 def _merged_dtype(host: Any, x: Any) -> torch.dtype | None:
     """What the product with W + ΔW runs in: the weight's dtype, or autocast's; None where ΔW acts on its own.
 
-    That is beside a W in half precision, which would swallow a small ΔW; beside a trained or sharded W; and in what is
-    traced for others to run.
+    That is beside a W in half precision, which would swallow a small ΔW; beside a trained or sharded W; in what is
+    traced for others to run; and under forward-mode differentiation.
     """
     if isinstance(x, Proxy) or torch.jit.is_tracing() or torch.compiler.is_exporting():  # type: ignore[attr-defined,no-untyped-call]
+        return None
+    if forward_ad._current_level >= 0:
         return None
     base: Tensor = host._parameters["weight"]
     if base.dtype != delta_dtype(base) or base.requires_grad or is_sharded(base):
         return None
-    lower = torch.is_autocast_enabled(x.device.type) and base.dtype is torch.float32
-    dtype = torch.get_autocast_dtype(x.device.type) if lower else base.dtype
+    kind = x.device.type
+    lower = base.dtype is torch.float32 and torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    dtype = torch.get_autocast_dtype(kind) if lower else base.dtype
     return dtype if x.dtype in (dtype, base.dtype) else None
 
 
@@ -141,8 +145,12 @@ def _links(host: Any) -> Iterator[nn.Module]:
 
 def _prefixed_body(base: type) -> dict[str, Any]:
     def forward(host: Any, *args: Any, **kwargs: Any) -> Any:
-        with Prepend(*host.delta()):
-            return base.forward(host, *args, **kwargs)  # type: ignore[attr-defined]
+        prefix = Prepend(*host.delta())
+        with prefix:
+            y = base.forward(host, *args, **kwargs)  # type: ignore[attr-defined]
+        if not prefix.used:
+            raise ValueError(f"{other_softmax(host, base, 0)}, so its prefix would do nothing")
+        return y
 
     # timm's flag for the call that Prepend waits for; a switch of the base class must not lead past the prefix
     return {"forward": forward, "fused_attn": property(lambda host: True)}

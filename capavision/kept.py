@@ -61,26 +61,39 @@ class Normalized(NamedTuple):
         return self.gain * (scaled.mT @ self.z - scaled.mT @ self.mean) + k.sum(0)[:, None] * self.shift
 
 
+def rows(x: Tensor) -> Tensor:
+    """(…, n) to (N, n), N = 1 of a mere (n); by reshape, which is_grads_batched can batch, and flatten not."""
+    return x.reshape(-1, x.shape[-1])
+
+
 def origin(x: Tensor) -> Any:
     """The autograd node that keeps what x (…, n) can be had from in the backward; None if x has to be kept itself.
 
-    Under saved-tensor hooks, those of checkpointing among them, a node gives what it keeps only once; a compiler
-    chooses for itself what to compute again.
+    Under saved-tensor hooks, those of checkpointing among them, a node gives what it keeps only once, wherever the
+    hooks stood; a compiler chooses for itself what to compute again. An x that was written into is no longer what the
+    node made, even where autograd was not to see it. (What is written through `.data` leaves no trace at all.)
     """
-    if torch.compiler.is_compiling() or torch._C._autograd._top_saved_tensors_default_hooks(False) or x.grad_fn is None:
+    if torch.compiler.is_compiling() or torch._C._autograd._top_saved_tensors_default_hooks(False):
         return None
     node: Any = x.grad_fn
-    if node.name() == "ToCopyBackward0":  # autocast's
-        node = node.next_functions[0][0]
+    if node is None or x._version:
+        return None
+    if node.name() in _ACTIVATIONS:
+        return None if _hooked(node._raw_saved_self) else node
     whole = node.name() == _NORM and tuple(node._saved_normalized_shape) == x.shape[-1:]
-    return node if whole or node.name() in _ACTIVATIONS else None
+    return node if whole and not _hooked(node._raw_saved_input) else None
+
+
+def _hooked(saved: Any) -> bool:
+    """Whether a node's saved tensor has hooks, or may have them."""
+    return getattr(saved, "unpack_hook", saved) is not None
 
 
 def opened(node: Any, dtype: torch.dtype) -> Tokens | Normalized:
     """The input of which `origin` gave the node; an activation's in `dtype`, for gradients of that."""
     if node.name() in _ACTIVATIONS:
-        return Tokens(_ACTIVATIONS[node.name()](node).flatten(0, -2).to(dtype))
-    z = node._saved_input.flatten(0, -2)
+        return Tokens(rows(_ACTIVATIONS[node.name()](node)).to(dtype))
+    z = rows(node._saved_input)
     z = z.to(torch.promote_types(z.dtype, torch.float32))
     mean, rstd = (t.reshape(-1, 1).to(z.dtype) for t in (node._saved_result1, node._saved_result2))
     if torch.is_grad_enabled():  # second derivatives see what depends on z, at the same values

@@ -25,6 +25,8 @@ Rounding W + ΔW costs no accuracy: `python -m benchmarks.half`.
 """
 
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
+from math import prod
 from typing import Any, NamedTuple
 
 import torch
@@ -94,6 +96,12 @@ class Geometry(NamedTuple):
         return gradient
 
 
+def as_they_are(factor: Tensor) -> AbstractContextManager[Any]:
+    """A product of weights in the dtype they have, where autocast would round them to half precision first."""
+    kind = factor.device.type
+    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
+
+
 def linear_pays(x: Tensor, weight: Tensor) -> bool:
     """Whether merging costs fewer multiply-adds than the factored forward, for the tokens of x (…, n_in)."""
     n_out, n_in = weight.shape
@@ -115,7 +123,7 @@ def linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, blocks: list[Block], dtype: torch.dtype | None = None
 ) -> Tensor:
     """x (W + ΔW)ᵀ + b, (…, n_in) to (…, n_out), in `dtype`; None is that of x."""
-    rows, *factors = _flat(blocks)
+    rows, *factors = _flat(blocks, weight.dtype)
     origin = kept.origin(x) if torch.is_grad_enabled() else None
     dtype = dtype or x.dtype
     x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
@@ -134,7 +142,7 @@ def conv(
     dtype: torch.dtype | None = None,
 ) -> Tensor:
     """x * (W + ΔW) + b, (b, n_in, …) to (b, n_out, …), in `dtype`; None is that of x."""
-    rows, *factors = _flat(blocks)
+    rows, *factors = _flat(blocks, weight.dtype)
     dtype = dtype or x.dtype
     x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
     rounded = _rounded(x, weight, rows, tuple(factors))
@@ -145,24 +153,28 @@ def conv(
 def contracted(x: Tensor, merged: Tensor, bias: Tensor | None, contractions: list[Contraction]) -> Tensor:
     """x mergedᵀ + b, (…, n_in) to (…, n_out), for merged = W + ΔW of a frozen W."""
     ways = tuple((c.start, c.stop, c.gradients, len(c.tensors)) for c in contractions)
-    y: Tensor = _Contracted.apply(x, merged, bias, ways, *(tensor for c in contractions for tensor in c.tensors))
+    tensors = (tensor.to(merged.dtype) for c in contractions for tensor in c.tensors)
+    y: Tensor = _Contracted.apply(x, merged, bias, ways, *tensors)
     return y
 
 
-def _flat(blocks: list[Block]) -> tuple[Any, ...]:
+def _flat(blocks: list[Block], dtype: torch.dtype) -> tuple[Any, ...]:
     rows = tuple((block.start, block.stop, block.scale) for block in blocks)
-    return rows, *(factor for block in blocks for factor in (block.up, block.down))
+    return rows, *(factor.to(dtype) for block in blocks for factor in (block.up, block.down))
 
 
 def _merge(weight: Tensor, rows: Rows, factors: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor:
     """W + ΔW, in the shape and memory format of W; of a conv the very bits of the host's `weight`, and so of fold."""
-    with torch.autocast(weight.device.type, enabled=False):
+    with as_they_are(weight):
         if weight.dim() == 2 and len(rows) == 1 and rows[0][:2] == (0, len(weight)):
             return torch.addmm(weight, factors[0], factors[1], alpha=rows[0][2]).to(dtype)
         merged = weight.clone()
         for (start, stop, scale), up, down in zip(rows, factors[::2], factors[1::2], strict=True):
             some = merged[start:stop]
-            some.add_((scale * (up @ down)).view(some.shape))
+            if torch._C._are_functorch_transforms_active():  # vmap cannot add many ΔW to one W in place
+                merged = merged.slice_scatter(some + (scale * (up @ down)).view(some.shape), 0, start, stop)
+            else:
+                some.add_((scale * (up @ down)).view(some.shape))
         return merged.to(dtype)
 
 
@@ -199,17 +211,17 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, merged, *factors = ctx.saved_tensors
-        g = gradients[0].flatten(0, -2)
-        inputs = kept.opened(ctx.origin, g.dtype) if x is None else kept.Tokens(x.flatten(0, -2))
+        g = kept.rows(gradients[0])
+        inputs = kept.opened(ctx.origin, g.dtype) if x is None else kept.Tokens(kept.rows(x))
         found: list[Tensor] = []
         for (start, stop, scale), up, down in zip(ctx.rows, factors[::2], factors[1::2], strict=True):
-            rows = g[:, start:stop]
+            rows = g.narrow(1, start, stop - start)
             dU, dD = rows.mT @ inputs.times(down).to(g.dtype), inputs.gathered(rows @ up.to(g.dtype))
             found += [scale * dU.to(up.dtype), scale * dD.to(down.dtype)]
         dx = None
         if ctx.needs_input_grad[0]:
             dx = g @ (_merge(weight, ctx.rows, tuple(factors), g.dtype) if merged is None else merged)
-            dx = dx.view(*gradients[0].shape[:-1], -1)
+            dx = dx.reshape(*gradients[0].shape[:-1], -1)
         db = g.sum(0) if ctx.needs_input_grad[4] else None
         return dx, None, None, None, db, None, *found
 
@@ -236,7 +248,7 @@ class _Contracted(torch.autograd.Function):
         found: list[Tensor] = []
         for start, stop, contract, count in ctx.ways:
             own = tensors[len(found) : len(found) + count]
-            pairs = zip(torch.split(g2[:, start:stop], some), torch.split(x2, some), strict=True)
+            pairs = zip(torch.split(g2.narrow(1, start, stop - start), some), torch.split(x2, some), strict=True)
             found += [torch.stack(each).sum(0) for each in zip(*(contract(*pair, *own) for pair in pairs), strict=True)]
         dx = (g2 @ merged).view_as(x) if ctx.needs_input_grad[0] else None
         db = g2.sum(0) if ctx.needs_input_grad[2] else None
@@ -271,27 +283,32 @@ class _Conv(torch.autograd.Function):
         g, found = gradients[0], []
         for (start, stop, scale), up, down in zip(ctx.rows, factors[::2], factors[1::2], strict=True):
             kernels = down.to(x.dtype).view(-1, *weight.shape[1:])
-            dU, dD = _thin(g[:, start:stop], x, up.to(x.dtype), kernels, ctx.geometry)
+            dU, dD = _thin(g.narrow(1, start, stop - start), x, up.to(x.dtype), kernels, ctx.geometry)
             found += [scale * dU.to(up.dtype), scale * dD.to(down.dtype)]
         dx = None
         if ctx.needs_input_grad[0]:
             merged = _merge(weight, ctx.rows, tuple(factors), x.dtype) if merged is None else merged
             dx = ctx.geometry.to_input(g, x, merged)
-        db = g.transpose(0, 1).flatten(1).sum(1) if ctx.needs_input_grad[3] else None
+        db = g.sum([0, *range(2, g.dim())]) if ctx.needs_input_grad[3] else None
         return dx, None, None, db, None, None, *found
 
 
 def _thin(g: Tensor, x: Tensor, up: Tensor, kernels: Tensor, geometry: Geometry) -> tuple[Tensor, Tensor]:
     """dU (rows, r) and dD (r, K) of a conv, for r `kernels`, without the scale."""
-    places = g.flatten(2)  # (b, rows, L)
+    places = _places(g)  # (b, rows, L)
     k = _each(up.mT, places)
     if _is_product(kernels, geometry):  # a library's conv of few channels is several times slower
-        flat = x.flatten(2)
+        flat = _places(x)
         h, dD = _each(kernels.flatten(1), flat), (k @ flat.mT).sum(0)
     else:
-        h = geometry.conv(x, kernels).flatten(2)
-        dD = geometry.to_weight(k.view(*k.shape[:2], *g.shape[2:]), x, kernels).flatten(1)
+        h = _places(geometry.conv(x, kernels))
+        dD = geometry.to_weight(k.reshape(*k.shape[:2], *g.shape[2:]), x, kernels).reshape(len(kernels), -1)
     return (places @ h.mT).sum(0), dD
+
+
+def _places(x: Tensor) -> Tensor:
+    """(b, n, …) to (b, n, L)."""
+    return x.reshape(*x.shape[:2], prod(x.shape[2:]))
 
 
 def _each(left: Tensor, right: Tensor) -> Tensor:

@@ -4,7 +4,9 @@
     houlsby    f + Δ(f)         f the output of each attention and of each MLP       (arXiv 1902.00751)
     parallel   f(x) + Δ(x)      beside each MLP                                      (arXiv 2110.04366)
 
-Houlsby and parallel adapters act where the attention or MLP ends: before a block's layer scale and drop-path.
+Houlsby and parallel adapters act where the attention or MLP ends: before a block's layer scale and drop-path. Where
+these are no modules of their own (BERT, BART), houlsby's f is what their last projection returns, and nothing can run
+beside the MLP.
 """
 
 from collections.abc import Callable
@@ -13,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from capavision.attention import attentions, blocks, mlps
+from capavision.blocks import blocks, ends, mlps
 from capavision.delta import Site
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -24,7 +26,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 PLACES: dict[str, Callable[[nn.Module], list[str]]] = {
     "pfeiffer": blocks,
-    "houlsby": lambda model: attentions(model) + mlps(model),
+    "houlsby": ends,
     "parallel": mlps,
 }
 

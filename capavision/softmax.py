@@ -17,8 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from capavision.attention import is_weighted, weight_of
+from capavision.attention import is_layer, weight_of
 from capavision.channels import Example, run_once
+
+Shapes = tuple[torch.Size, torch.Size, torch.Size]  # of queries, keys and values
 
 
 def prepended(
@@ -49,35 +51,37 @@ def prepended(
 
 
 class Prepend(TorchFunctionMode):
-    """While entered, scaled_dot_product_attention has these keys and values before its own."""
+    """While entered, scaled_dot_product_attention has these keys and values before its own; `used` says if it ran."""
 
     def __init__(self, keys: Tensor, values: Tensor) -> None:
         super().__init__()
         self.keys, self.values = keys, values
+        self.used = False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is F.scaled_dot_product_attention:
+            self.used = True
             return prepended(self.keys, self.values, *args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
 
 
 class _Watch(TorchFunctionMode):
-    """Notes the shapes of keys and values, call by call."""
+    """Notes the shapes of queries, keys and values, call by call."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.seen: list[tuple[torch.Size, torch.Size]] = []
+        self.seen: list[Shapes] = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is F.scaled_dot_product_attention:
             named = dict(zip(("query", "key", "value"), args, strict=False)) | (kwargs or {})
-            self.seen.append((named["key"].shape, named["value"].shape))
+            self.seen.append((named["query"].shape, named["key"].shape, named["value"].shape))
         return func(*args, **(kwargs or {}))
 
 
 def look(model: nn.Module, hosts: Iterable[str], example: Example | None) -> dict[str, tuple[int, int, int] | str]:
     """Of each attention the widths of all its values and keys together and its heads, or why it takes no prefix."""
-    calls: dict[str, list[tuple[torch.Size, torch.Size]]] = {name: [] for name in hosts}
+    calls: dict[str, list[Shapes]] = {name: [] for name in hosts}
     watch, since = _Watch(), dict.fromkeys(calls, 0)
 
     def enter(name: str) -> Any:
@@ -109,18 +113,24 @@ def look(model: nn.Module, hosts: Iterable[str], example: Example | None) -> dic
     return {name: _judge(model.get_submodule(name), seen) for name, seen in calls.items()}
 
 
-def _judge(host: nn.Module, seen: list[tuple[torch.Size, torch.Size]]) -> tuple[int, int, int] | str:
+def other_softmax(host: nn.Module, kind: type, calls: int) -> str:
+    """What to say of an attention that makes not one call of scaled_dot_product_attention but so many."""
+    how = "no scaled_dot_product_attention" if not calls else f"{calls} of them"
+    other = getattr(getattr(host, "config", None), "_attn_implementation", "sdpa") != "sdpa"  # transformers' switch
+    cure = ", which model.set_attn_implementation('sdpa') brings" if other else ""
+    return f"{kind.__name__} computes its softmax in a way of its own ({how} in its forward{cure})"
+
+
+def _judge(host: nn.Module, seen: list[Shapes]) -> tuple[int, int, int] | str:
     if len(seen) != 1:
-        how = "no scaled_dot_product_attention" if not seen else f"{len(seen)} of them"
-        other = getattr(getattr(host, "config", None), "_attn_implementation", "sdpa") != "sdpa"  # transformers' switch
-        cure = ", which model.set_attn_implementation('sdpa') brings" if other else ""
-        return f"{type(host).__name__} computes its softmax in a way of its own ({how} in its forward{cure})"
-    key, value = seen[0]
+        return other_softmax(host, type(host), len(seen))
+    query, key, value = seen[0]
     if len(key) < 4:
         return f"the keys of {type(host).__name__} have no heads: {tuple(key)}"
     heads, n_in, n_out = key[-3], key[-3] * key[-1], value[-3] * value[-1]
-    rows = {weight_of(m).shape[0] for m in host.modules() if is_weighted(m)}
+    rows = {weight_of(m).shape[0] for m in host.modules() if is_layer(m)}
     widths = rows | {r // 2 for r in rows} | {r // 3 for r in rows} | {2 * r // 3 for r in rows}
-    if n_in not in widths:
+    fused = query[-3] * query[-1] + n_in + n_out  # fewer heads of keys than of queries: falcon, phi3
+    if n_in not in widths and fused not in rows:
         return f"{type(host).__name__} attends over channels, whose keys {tuple(key)} are as long as the image is large"
     return n_out, n_in, heads

@@ -9,12 +9,15 @@ from typing import Any
 from torch import nn
 
 from capavision import host as hosting
-from capavision.attention import classifier, group, is_weighted, parts_of, weight_of
+from capavision.attention import classifier, is_layer, is_weighted, parts_of, weight_of, weighted
+from capavision.blocks import group
 from capavision.delta import AttentionDelta, Delta, Method, OutputDelta, WeightDelta
+from capavision.placement import PLACES
 
 Targets = str | Sequence[str] | None
 Parts = str | Sequence[slice] | None
 Spans = dict[str, tuple[int, int]]
+REPLACE = "put nn.Linears that compute the same in their places"
 GROUPS = ("attention", "mlp", "linear", "conv", "all")
 
 
@@ -42,7 +45,7 @@ def choose(model: nn.Module, method: Method, targets: Targets, parts: Parts) -> 
     if targets is None:
         defaults = method.targets(model)
         if not defaults:
-            raise ValueError(_hostless(type(model).__name__, method))
+            raise ValueError(_hostless(model, method))
     else:
         names = _match(model, [targets] if isinstance(targets, str) else list(targets), method)
         defaults = dict.fromkeys(names)
@@ -51,14 +54,28 @@ def choose(model: nn.Module, method: Method, targets: Targets, parts: Parts) -> 
     return {name: _rows(model, name, parts if parts is not None else default) for name, default in defaults.items()}
 
 
-def _hostless(model: str, method: Method) -> str:
-    if method.placement is not AttentionDelta:
-        return f"{model} has no default host for {type(method).__name__}; name targets"
-    others = sorted(kind.__name__ for kind in Method.known.values() if kind.placement in (WeightDelta, OutputDelta))
-    return (
-        f"{model} has no attention that {type(method).__name__} could enter; use {', '.join(others)} (or name one "
-        "whose projections are not called q, v, qkv or alike: targets)"
-    )
+def _hostless(model: nn.Module, method: Method) -> str:
+    name, kind = type(model).__name__, type(method).__name__
+    if method.placement is AttentionDelta:
+        others = [known.__name__ for known in Method.known.values() if known.placement in (WeightDelta, OutputDelta)]
+        return (
+            f"{name} has no attention that {kind} could enter; use {', '.join(sorted(others))} (or name one whose "
+            "projections are not called q, v, qkv or alike: targets)"
+        )
+    missing, where = f"{name} has no default host for {kind}", getattr(method, "where", "")
+    places = [f"where={place!r}" for place, find in PLACES.items() if where in PLACES and find(model)]
+    if places:
+        why = ", whose MLPs are no modules of their own" if where == "parallel" else ""
+        return f"{missing}(where={where!r}){why}; take {' or '.join(places)}, or name targets"
+    if method.placement is WeightDelta and (strangers := _strangers(model)):
+        return f"{missing}, only {', '.join(strangers)}; {REPLACE}, or use an adapter or a prefix"
+    return f"{missing}; name targets"
+
+
+def _strangers(model: nn.Module) -> list[str]:
+    """The classes of layers outside the classifier that are neither Linear nor Conv: GPT-2's Conv1D."""
+    layers = weighted(model, is_layer).values()
+    return sorted({type(layer).__name__ for layer in layers if not is_weighted(layer)})
 
 
 def _match(model: nn.Module, patterns: list[str], method: Method) -> list[str]:
@@ -82,11 +99,11 @@ def _match(model: nn.Module, patterns: list[str], method: Method) -> list[str]:
         # A wildcard may run over the classifier; only its own name adapts it.
         hosts = [name for name in hosts if name == pattern or name not in head]
         if not hosts:
-            kinds = sorted({type(modules[name]).__name__ for name in named})
+            strangers = _strangers(model) if weights else []
+            kinds = sorted({type(modules[name]).__name__ for name in named}) or strangers
             what = "Linear or Conv with a weight of its own" if weights else "block"
-            raise ValueError(
-                f"{pattern!r} matches no {what}, only {', '.join(kinds) or 'nothing'}; name its inner modules"
-            )
+            cure = REPLACE if set(kinds).intersection(strangers) else "name its inner modules"
+            raise ValueError(f"{pattern!r} matches no {what}, only {', '.join(kinds) or 'nothing'}; {cure}")
         found.update(dict.fromkeys(hosts))
     return list(found)
 

@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 
 from export import standins
 
+OURS = ("benchmarks", "examples", "export", "vtab")  # the packages with commands
 STOPPED = 130  # what shells report for Ctrl-C
 EXTRAS = {  # of capavision: what each brings, by the name that is imported; "" is capavision itself
     "export": ("onnx", "onnxruntime", "onnxscript", "PIL"),
@@ -119,11 +120,11 @@ def absent(error: ImportError) -> str:
 def guard_imports() -> None:
     """In python -m …, tell as `run` does what a command's module lacks to be imported, which is before `run`.
 
-    Help needs no package: stand-ins serve it.
+    Help of our own commands needs no package: stand-ins serve it. Who imports us may do work whatever the flags say.
     """
     if sys.argv[:1] != ["-m"]:  # as it is while Python looks for the module
         return
-    if standins.serve(sys.argv[1:]):
+    if _command().partition(".")[0] in OURS and standins.serve(sys.argv[1:]):
         return standins.install([*(name for names in EXTRAS.values() for name in names), "google"])  # of protobuf
 
     def told(kind: type[BaseException], error: BaseException, trace: types.TracebackType | None) -> None:
@@ -132,6 +133,12 @@ def guard_imports() -> None:
         sys.__excepthook__(kind, error, trace)
 
     sys.excepthook = told
+
+
+def _command() -> str:
+    """What follows -m, which stands before the arguments: python -I -m vtab.train …, python -Imvtab.train …"""
+    word = sys.orig_argv[-len(sys.argv)]
+    return word.partition("m")[2] if word.startswith("-") else word
 
 
 def first_line(error: BaseException) -> str:

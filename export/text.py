@@ -77,6 +77,8 @@ def build(info: Mapping[str, Any], folder: Path) -> nn.Module:
         if architecture.endswith("ForSequenceClassification"):
             names = text.get("labels") or ["score"]  # one output where the label is a number
             config.id2label, config.label2id = dict(enumerate(names)), {name: i for i, name in enumerate(names)}
+        if architecture.endswith("ForQuestionAnswering"):
+            config.num_labels = 2  # start and end, whatever the checkpoint was fine-tuned for before
         model, loaded = kind.from_pretrained(
             source,
             config=config,
@@ -128,6 +130,10 @@ def _absent(model: str, told: str) -> str:
 def _declare_head(model: Any, fresh: set[str], name: str) -> None:
     """Tell capavision, by get_classifier, which modules are the head."""
     encoder = model.base_model_prefix
+    if not hasattr(model, encoder):
+        raise ValueError(
+            f"{type(model).__name__} has no encoder apart from its head; take a model such as BERT or RoBERTa"
+        )
     beside = [child for child, _ in model.named_children() if child != encoder]
     inside = sorted({key.rpartition(".")[0] for key in fresh if key.startswith(f"{encoder}.")})
     if alien := [module for module in inside if "pooler" not in module]:

@@ -5,7 +5,7 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"  # read once, when huggingface_hub is imported: no test may reach the network
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -85,11 +85,16 @@ def awaken_deltas(model: nn.Module, seed: int = 0) -> nn.Module:
     return model
 
 
-def outputs(model: nn.Module, x: Tensor) -> Tensor:
+def answer(model: nn.Module, x: Any) -> Tensor:
+    """The model's output for one batch; of transformers' models, whose batch is a mapping, the first output."""
+    return model(**x)[0] if isinstance(x, Mapping) else model(x)
+
+
+def outputs(model: nn.Module, x: Any) -> Tensor:
     """The model's output in eval mode without gradient; train() first, because some models cache in eval."""
     model.train()
     with torch.no_grad():
-        return model.eval()(x)
+        return answer(model.eval(), x)
 
 
 def snapshot(model: nn.Module) -> dict[str, Any]:
@@ -113,6 +118,14 @@ def assert_unchanged(model: nn.Module, before: dict[str, Any], but: tuple[str, .
         assert torch.equal(value, after["values"][name]), name
     for what in before.keys() - {"values", *but}:
         assert before[what] == after[what], what
+
+
+def run_in_half_and_traced(model: nn.Module, x: Tensor) -> None:
+    """What never runs on W + ΔW in float32: a base in half precision, and traces for others to run."""
+    model.bfloat16()(x.bfloat16())
+    model.float()
+    torch.jit.trace(model, x, check_trace=False)
+    torch.export.export(model, (x,))
 
 
 def assert_moved(adapted: Tensor, plain: Tensor) -> None:

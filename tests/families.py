@@ -15,7 +15,7 @@ from capavision.attention import classifier
 from capavision.delta import Rows
 from capavision.host import is_batch_norm
 from export.families import FAMILIES, small_model
-from tests.conftest import outputs, seeded, snapshot, twin
+from tests.conftest import answer, outputs, seeded, snapshot, twin
 from tests.thin import thin_model
 
 
@@ -28,7 +28,7 @@ def family_model(family, thin=False):
 def recorded(model, x):
     """The output in eval mode, with its graph: torch may choose another kernel without one."""
     model.train()  # clears what some models cache in eval
-    return model.eval()(x)
+    return answer(model.eval(), x)
 
 
 def gradients(model, x):
@@ -70,14 +70,13 @@ def chain(model, x, method, targets, path):
     """
     fresh, before = twin(model), snapshot(model)
     norms = sum(map(is_batch_norm, model.modules()))
-    cv.inject(model, cv.LinearProbe())
-    frozen = outputs(model, x)  # torch may choose another kernel for a frozen weight, and its last bit may differ
-    cv.remove(model)
+    frozen = start(model, x)
     try:
         report = cv.inject(model, method, targets, example=x)
     except ValueError as error:
         raise RefusedError(*error.args) from error
-    assert torch.equal(outputs(model, x), frozen), "the start is not the plain model"
+    prefixed = method.placement is cv.AttentionDelta
+    assert torch.equal(outputs(model, x), frozen) != prefixed, "the start is not the plain model"
 
     step(model, x)
     adapted = recorded(model, x).detach()
@@ -88,10 +87,21 @@ def chain(model, x, method, targets, path):
     cv.remove(model)
     check_removed(model, before)
     moved = movement(adapted, outputs(model, x))  # by the deltas alone: `model` keeps the trained classifier
-    check = check_blocks if method.placement is cv.OutputDelta else check_weights
+    checks = {cv.WeightDelta: check_weights, cv.OutputDelta: check_blocks, cv.AttentionDelta: check_prefixes}
+    check = checks[method.placement]
     folded, unused = check(fresh, x, report.hosts, found)
     assert (folded - adapted).abs().max() < 1e-6 * moved, "another output after fold"
     return Outcome(len(report.hosts), report.trained, unused, norms)
+
+
+def start(model, x):
+    """The output before the delta. Torch may choose another kernel for a frozen weight, and its last bit may differ."""
+    if not classifier(model):
+        return outputs(twin(model).requires_grad_(False), x)
+    cv.inject(model, cv.LinearProbe())
+    frozen = outputs(model, x)
+    cv.remove(model)
+    return frozen
 
 
 def chain_of_norms(model, x, path):
@@ -121,7 +131,7 @@ def step(model, x):
     """One step of training in train() mode; every trained parameter that got a gradient got a finite one."""
     trained = cv.parameters(model)
     optimizer = torch.optim.AdamW(trained, lr=5e-2)  # one step that shows
-    y = seeded(lambda: model.train()(x))
+    y = seeded(lambda: answer(model.train(), x))
     (y * seeded(lambda: torch.randn(y.shape, dtype=y.dtype))).sum().backward()
     grads = [p.grad for p in trained if p.grad is not None]
     assert grads, "no delta got a gradient"
@@ -183,6 +193,17 @@ def check_blocks(model, x, hosts, found):
         for part, _ in delta.named_parameters():
             assert not used or not silent(found.get(f"{name}.delta.{part}")), f"{name}.delta.{part} is dead"
     return y, unused
+
+
+def check_prefixes(model, x, hosts, found):
+    """Fold, per attention the dense keys and values against the masked ones, and none of them dead."""
+    modules = {name: model.get_submodule(name) for name in hosts}
+    masked = {name: torch.cat(host.delta()) for name, host in modules.items()}
+    cv.fold(model)
+    for name, host in modules.items():
+        assert torch.equal(torch.cat(host.delta()), masked[name]), f"{name}: the folded prefix is another one"
+        assert not any(silent(found.get(f"{name}.delta.{part}.value")) for part in "KV"), f"{name}.delta is dead"
+    return outputs(model, x), 0
 
 
 def arguments(model, x, deltas):

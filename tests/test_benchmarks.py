@@ -10,6 +10,7 @@ from torch import nn
 
 import capavision as cv
 from benchmarks import architectures, coverage
+from tests.conftest import create
 
 
 def results(rows):
@@ -125,7 +126,7 @@ def test_every_architecture_of_timm_is_in_the_sweep():
 
 
 def test_what_fails_in_one_architecture_is_its_row(monkeypatch):
-    def fail(model, method):
+    def fail(model, method, **_):
         raise RuntimeError("no such luck")
 
     monkeypatch.setattr(cv, "inject", fail)
@@ -191,6 +192,20 @@ def test_the_cached_prefix_is_a_case_of_its_own(monkeypatch):
     }  # fmt: skip
 
 
+def test_a_forward_pass_is_timed_beside_the_plain_models(capsys):
+    from benchmarks import evaluation
+
+    pytest.importorskip("peft")
+    ratios = evaluation.main(["--model", "test_vit", "--batch", "2", "--rounds", "1"])
+    assert list(ratios) == list(evaluation.CASES)
+    assert ratios["plain"] == 1
+    plain, folded, merged = (
+        [type(module) for module in evaluation.CASES[case](create("test_vit")).modules()]
+        for case in ("plain", "capaboost linear, folded", "peft linear, merged")
+    )
+    assert plain == folded == merged
+
+
 def test_memory_is_what_autograd_keeps():
     """x of a Linear and of a GELU, whose weights are there anyway: 2 × (2 · 8) floats, and the loss's own few."""
     from benchmarks.step import Trainee
@@ -243,6 +258,7 @@ def test_the_gradients_of_structured_updates_are_timed_beside_what_is_counted():
 REFUSED = {
     "lifecycle --rounds 0": "--rounds 0 must be at least 1",
     "step --cases nosuch": "--cases: 'nosuch' is unknown",
+    "evaluation --cases plain;nosuch": "--cases: 'nosuch' is unknown",
     "step --rounds 0": "--rounds 0 must be at least 1",
     "growth --rounds 0": "--rounds 0 must be at least 1",
     "swap --model nosuchmodel": "unknown timm model 'nosuchmodel'; did you mean",

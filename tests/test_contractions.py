@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import capavision as cv
 from capavision import merged
 from capavision.methods.kronecker import best_split
-from tests.conftest import assert_moved, awaken, create, outputs, seeded, twin
+from tests.conftest import assert_moved, awaken, create, outputs, run_in_half_and_traced, seeded, twin
 
 METHODS = {
     "circulant": cv.Circulant(alpha=1.7),
@@ -230,10 +230,7 @@ def test_evaluation_autocast_half_precision_and_traces_run_as_before(calls, alwa
         model(x)
     with torch.autocast("cpu", torch.bfloat16):
         model(x)
-    model.bfloat16()(x.bfloat16())
-    model.float()
-    torch.jit.trace(model, x, check_trace=False)
-    torch.export.export(model, (x,))
+    run_in_half_and_traced(model, x)
     assert not calls
     model(x)
     assert calls

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 import capavision as cv
-from capavision.attention import attentions, blocks, mlps
+from capavision.attention import attentions
+from capavision.blocks import blocks, mlps
 from tests.conftest import awaken_deltas, outputs, twin
 from tests.families import FAMILIES, chain, family_model, layers, movement
 

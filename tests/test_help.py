@@ -107,6 +107,24 @@ def test_what_a_stand_in_cannot_do_the_packages_do(with_vera, tmp_path, default,
     assert why in complaints
 
 
+@pytest.mark.parametrize("flags", [["-m", "vtab.train"], ["-mvtab.train"], ["-Xutf8", "-Bm", "vtab.train"]], ids=str)
+def test_help_needs_no_package_however_python_is_told(flags, barred):
+    line = [sys.executable, *flags, "--help"]
+    done = subprocess.run(line, env=barred, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "usage: python -m vtab.train" in done.stdout
+
+
+def test_commands_of_others_that_import_us_get_the_packages(tmp_path):
+    """Nobody knows what they do when they are asked for help, and with a stand-in they would do it wrongly."""
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs" / "__init__.py").write_text("import vtab\n")
+    work = "import numpy as np\nfound = np.ones(3) is np.ones(3)\nprint(found)\n"
+    (tmp_path / "theirs" / "command.py").write_text(work)
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
+    assert shell("theirs.command", "--help", env=env, cwd=tmp_path) == (0, "False\n", "")
+
+
 @pytest.fixture
 def absent(monkeypatch):
     """A package that nobody has, of which stand-ins are imported."""

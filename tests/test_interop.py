@@ -9,7 +9,6 @@ import timm
 import torch
 from safetensors.torch import load_file, save_file
 from timm.layers import ScaledStdConv2d, StdConv2dSame
-from timm.models.mlp_mixer import MlpMixer
 from torch import nn
 
 import capavision as cv
@@ -53,10 +52,6 @@ def plain(x, *body):
     return model.eval()
 
 
-def mixer():
-    return seeded(lambda: MlpMixer(5, img_size=64, patch_size=16, num_blocks=2, embed_dim=48)).eval()
-
-
 def deit():
     return create("deit_tiny_distilled_patch16_224", depth=2, img_size=32, patch_size=8, embed_dim=48, num_heads=3)
 
@@ -89,7 +84,7 @@ CASES = {
     "three ranks and alphas": Case(
         tiny_vit, 32, [(CAPA, "qkv", "qv"), (cv.LoRA(rank=2, alpha=-7.0), "fc1"), (cv.LoRA(rank=5, alpha=0.3), "proj")]
     ),
-    "every linear of a mixer": Case(mixer, 64, [(CAPA, "linear")]),
+    "every linear of a mixer": Case(lambda: create("mixer_s32_224", img_size=64), 64, [(CAPA, "linear")]),
     "convs": Case(lambda: create("test_resnet"), 64, [(CAPA, "conv")]),
     "two classifiers": Case(deit, 32, [(CAPA, None)]),
     "the classifier itself": Case(tiny_vit, 32, [(CAPA, ["qkv", "head"])]),

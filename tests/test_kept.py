@@ -128,6 +128,55 @@ def test_inputs_of_other_kinds_and_under_hooks_are_kept(origins):
     assert origins == [None] * 6
 
 
+@each_layer
+def test_hooks_around_the_layer_before_alone_leave_its_input_to_it(before, origins):
+    """Those of checkpointing give it once, and the layer needs it for its own backward."""
+    net, x = seeded(lambda: chain(before))
+    wanted = [x.requires_grad_(), *(p for p in net.parameters() if p.requires_grad)]
+    expected = torch.autograd.grad(net(x).square().sum(), wanted)
+    assert origins.pop() is not None
+    y = net[2](checkpoint(net[:2], x, use_reentrant=False))
+    assert origins == [None]
+    for found, other in zip(torch.autograd.grad(y.square().sum(), wanted), expected, strict=True):
+        assert torch.equal(found, other) or (found - other).norm() < 1e-12 * other.norm()
+
+
+def unseen(x):
+    with torch.no_grad():
+        x.mul_(2)
+
+
+WRITES = {"seen": lambda x: x.mul_(2), "unseen": unseen, "detached": lambda x: x.detach()[1:].zero_()}
+
+
+@each_layer
+@pytest.mark.parametrize("write", WRITES.values(), ids=WRITES)
+def test_an_input_that_was_written_into_is_kept_as_it_is(before, write, origins):
+    """Also where autograd takes no notice of it, so that the node still says what made the first values."""
+    net, x = seeded(lambda: chain(before))
+    h = net[1](net[0](x.requires_grad_()))
+    write(h)
+    slope, factors = seeded(lambda: torch.randn(4, 9, 20).double()), (net[2].delta.B(), net[2].delta.A())
+    found = torch.autograd.grad(net[2](h), cv.parameters(net), slope)
+    dense = torch.einsum("bno,bni->oi", slope, h.detach())
+    scale = net[2].delta.scale
+    expected = torch.autograd.grad(factors[0] @ factors[1], cv.parameters(net), scale * dense)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10 * other.abs().max().item())
+    assert origins == [None]
+
+
+def test_what_the_layer_before_kept_must_not_change_until_the_backward():
+    net, x = seeded(lambda: chain(BEFORE["layer norm"]))
+    for changed in ("input", "gain"):
+        z = net[0](x)
+        y = net[2](net[1](z.requires_grad_()))
+        with torch.no_grad():
+            (z if changed == "input" else net[1].weight).mul_(2)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            torch.autograd.grad(y.sum(), cv.parameters(net))
+
+
 def test_under_autocast_a_norm_in_float32_serves_a_product_in_bfloat16(origins):
     model = awaken(seeded(lambda: create("test_vit", num_classes=3)))
     cv.inject(model, cv.LoRA(rank=3), "qkv")

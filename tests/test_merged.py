@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from timm.layers import Attention
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
@@ -10,7 +11,17 @@ from torch.utils.flop_counter import FlopCounterMode
 import capavision as cv
 from benchmarks.step import saved
 from capavision import merged
-from tests.conftest import assert_moved, awaken, awaken_deltas, create, outputs, seeded, twin
+from tests.conftest import (
+    assert_moved,
+    awaken,
+    awaken_deltas,
+    create,
+    deltas,
+    outputs,
+    run_in_half_and_traced,
+    seeded,
+    twin,
+)
 
 EXACT = {"rtol": 1e-11, "atol": 1e-11}
 METHODS = {
@@ -282,16 +293,139 @@ def test_gradients_of_single_images_by_vmap(kind, calls, convs):
             torch.testing.assert_close(found[name][i], gradient, rtol=1e-8, atol=1e-9)
 
 
+# What autograd can be asked for --------------------------------------------------------------------------------------
+
+
+def attention():
+    made = Attention(6, num_heads=2)
+    made.fused_attn = False  # torch's kernel has no forward mode
+    return made
+
+
+HOSTS = {
+    "linear": (lambda: nn.Linear(6, 8), cv.LoRA(rank=2), "0", None, (3, 7, 6)),
+    "rows": (attention, cv.LoRA(rank=2), "0.qkv", "qv", (3, 7, 6)),
+    "conv": (lambda: nn.Conv2d(6, 8, 3), cv.LoRA(rank=2), "0", None, (3, 6, 5, 5)),
+    "1 × 1 conv": (lambda: nn.Conv2d(6, 8, 1), cv.LoRA(rank=2), "0", None, (3, 6, 2, 2)),
+    "circulant": (lambda: nn.Linear(6, 8), cv.Circulant(), "0", None, (3, 7, 6)),
+    "kronecker": (lambda: nn.Linear(6, 8), cv.Kronecker(), "0", None, (3, 7, 6)),
+}
+each_host = pytest.mark.parametrize("host", HOSTS.values(), ids=HOSTS)
+
+
+def host_and_input(host):
+    made, method, targets, rows, shape = host
+    model = nn.Sequential(made()).double()
+    cv.inject(model, method, targets, **({"parts": rows} if rows else {}))
+    return awaken(model), torch.randn(shape, dtype=torch.float64)
+
+
+def values(model):
+    return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def called(model, x):
+    return lambda p, x=x: torch.func.functional_call(model, p, (x,))
+
+
+def batched_gradients(model, x):
+    x = x.clone().requires_grad_()
+    y = model(x)
+    slopes = torch.stack([torch.ones_like(y), y.detach().cos()])
+    return torch.autograd.grad(y, [x, *cv.parameters(model)], slopes, is_grads_batched=True)
+
+
+def several(model):
+    return {name: torch.stack([p, 2 * p, p + 1]) for name, p in values(model).items()}
+
+
+def many_adapters(model, x):
+    return (torch.func.vmap(called(model, x))(several(model)),)
+
+
+def many_adapters_without_gradients(model, x):
+    with torch.no_grad():
+        return many_adapters(model, x)
+
+
+def gradients_of_many_adapters(model, x):
+    each = torch.func.grad(lambda p: called(model, x)(p).square().sum())
+    return torch.func.vmap(each)(several(model)).values()
+
+
+def forward_mode(model, x):
+    moved = values(model)
+    return torch.func.jvp(called(model, x), (moved, x), (moved, x.cos()))
+
+
+def other_dtype(model, x):
+    for delta in deltas(model).values():
+        delta.float()
+    y = model(x)
+    y.square().sum().backward()
+    return y, *(p.grad for p in cv.parameters(model))
+
+
+ASKED = [
+    *(batched_gradients, many_adapters, many_adapters_without_gradients, gradients_of_many_adapters),
+    *(forward_mode, other_dtype),
+]
+
+
+@each_host
+@pytest.mark.parametrize("ask", ASKED)
+def test_autograd_gives_what_it_gives_without_merging(host, ask, monkeypatch):
+    model, x = seeded(lambda: host_and_input(host))
+    merges, pay = [], [True]
+    for way, pays in (("linear", "linear_pays"), ("conv", "conv_pays"), ("contracted", "contractions_pay")):
+        own = getattr(merged, way)
+        monkeypatch.setattr(merged, way, lambda *args, own=own: merges.append(args) or own(*args))
+        monkeypatch.setattr(merged, pays, lambda *args: pay[0])
+    found = ask(twin(model), x)
+    if ask not in (forward_mode, many_adapters_without_gradients):
+        assert merges
+    merges.clear()
+    pay[0] = False
+    expected = ask(twin(model), x)
+    assert not merges
+    for one, other in zip(found, expected, strict=True):
+        assert other.abs().max() > 1e-2
+        loose = 1e-5 if ask is other_dtype else 1e-10  # float32 factors
+        torch.testing.assert_close(one, other, rtol=loose, atol=loose * other.abs().max().item())
+
+
+@pytest.mark.parametrize(("n_in", "n_out"), [(8, 1), (1, 8), (2, 2)])
+def test_one_token_without_its_batch(n_in, n_out, calls):
+    """Of so few channels that merging pays even there."""
+    host = seeded(lambda: nn.Sequential(nn.Linear(n_in, n_in), nn.GELU(), nn.Linear(n_in, n_out)).double())
+    cv.inject(host, cv.LoRA(rank=2), "2")
+    awaken(host)
+    x = seeded(lambda: torch.randn(n_in, dtype=torch.float64), 1)
+    found, expected = step(host, x), step(host, x.expand(3, n_in))
+    assert len(calls) == 2
+    for name, gradient in expected.items():
+        torch.testing.assert_close(3 * found[name], gradient, **EXACT)
+
+
+@each_host
+def test_models_without_values_run(host):
+    """On the meta device, which autocast does not know: shapes and operations are counted there."""
+    model, x = host_and_input(host)
+    expected, model, x = model(x), model.to("meta"), x.to("meta").requires_grad_()
+    with FlopCounterMode(display=False) as counter:
+        model(x).sum().backward()
+    assert counter.get_total_flops()
+    assert model(x).shape == expected.shape
+    assert all(p.grad.shape == p.shape for p in cv.parameters(model))
+
+
 # Where it runs, and what runs on it ----------------------------------------------------------------------------------
 
 
 def test_few_tokens_half_precision_and_traces_stay_factored(calls):
     model = adapted(METHODS["lora"], "linear").float()
     x = torch.randn(4, 3, 160, 160)
-    model.bfloat16()(x.bfloat16())
-    model.float()
-    torch.jit.trace(model, x, check_trace=False)
-    torch.export.export(model, (x,))
+    run_in_half_and_traced(model, x)
     assert not calls
     model(x)
     assert calls

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import capavision as cv
-from capavision.attention import attentions, blocks, classifier, mlps, parts_of
+from capavision.attention import attentions, classifier, parts_of
+from capavision.blocks import blocks, mlps
 from capavision.inject import injections
 from tests.conftest import (
     assert_moved,

@@ -100,6 +100,63 @@ def test_a_zero_head_hides_no_wrong_cut():
     assert FrozenPrefix(model, images, normalize, batch_size=2).cut is model.blocks[0]
 
 
+class Chain(nn.Module):
+    """Three layers; `between` is what happens to the first one's output."""
+
+    def __init__(self, between, norm):
+        super().__init__()
+        self.stem, self.norm, self.mid, self.head = (
+            nn.Linear(12, 8),
+            norm or nn.Identity(),
+            nn.Linear(8, 8),
+            nn.Linear(8, 5),
+        )
+        self.position, self.gate = nn.Parameter(torch.randn(8)), nn.Parameter(torch.zeros(1))
+        self.register_buffer("table", torch.ones(1, 8))
+        self.between = between
+
+    def forward(self, x):
+        x = self.norm(self.stem(x.flatten(1)))
+        return self.head(self.between(self, x))
+
+
+def plain(net, x):
+    return net.mid(x)
+
+
+def measured(**kwargs):
+    return nn.Sequential(nn.Unflatten(1, (2, 4)), nn.BatchNorm1d(2, **kwargs), nn.Flatten())
+
+
+UNFIT = {
+    "a trained parameter before the cut": (lambda net, x: net.mid(x + net.position), "position", nn.Identity),
+    "a skip past the cut behind a zero": (lambda net, x: net.mid(x) + net.gate * x, "gate", nn.Identity),
+    "batch norm": (plain, "head.bias", measured),
+    "batch norm without statistics": (plain, "head.bias", lambda: measured(track_running_stats=False)),
+    "another mixing of the batch": (lambda net, x: net.mid(x - x.mean(0)), "head.bias", nn.Identity),
+    "one row whatever the batch": (lambda net, x: x + net.mid(net.table), "head.bias", nn.Identity),
+}
+
+
+def chain(between, trained, norm):
+    model = seeded(lambda: Chain(between, norm())).double().requires_grad_(False)
+    for name in ("head.weight", trained):
+        model.get_parameter(name).requires_grad_(True)
+    return model, seeded(lambda: torch.randint(0, 256, (5, 2, 2, 3), dtype=torch.uint8))
+
+
+@pytest.mark.parametrize("net", UNFIT.values(), ids=UNFIT)
+def test_nets_whose_steps_would_differ_are_refused(net):
+    model, images = chain(*net)
+    with pytest.raises(ValueError, match="--cache-frozen-prefix"):
+        FrozenPrefix(model, images, normalize, batch_size=2)
+
+
+def test_the_same_net_without_what_is_unfit_has_a_prefix():
+    model, images = chain(plain, "head.bias", nn.Identity)
+    assert FrozenPrefix(model, images, normalize, batch_size=2).cut is model.mid
+
+
 def test_forwards_come_back_after_an_error():
     model, images = made(*NETS["vit"][:3])
     cached = FrozenPrefix(model, images, normalize, batch_size=2)

@@ -354,6 +354,8 @@ def test_the_help_names_the_choices_of_each_flag_and_its_default(capsys):
                  "--protocol {honest,paper}", "--optimizer {adamw,sgd}", "--schedule {step,epoch}"):  # fmt: skip
         assert flag in said
     assert "--seed INT of initial values, masks, data order and drop-path (default: 0)" in said
+    told = ("--task STR a VTAB-1k", "--protocol {honest,paper} honest", "--epochs INT passes")
+    assert sorted(told, key=said.index) == list(told), "its own first"
 
 
 @pytest.mark.parametrize("field", limits.CHOICES)

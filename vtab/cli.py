@@ -66,8 +66,9 @@ def add_fields(parser: Any, config: type, choices: Mapping[str, Iterable[str]] =
         choices: the values that a field may have, for the help; the dataclass itself refuses others.
     """
     hints, docs = get_type_hints(config), field_docs(config)
-    explained = [field for field in dataclasses.fields(config) if field.name in docs]
-    for field in sorted(explained, key=lambda field: field.name not in inspect.get_annotations(config)):
+    explained = {field.name: field for field in dataclasses.fields(config) if field.name in docs}
+    own = {name: explained[name] for name in inspect.get_annotations(config) if name in explained}
+    for field in (own | explained).values():
         kind, default = _plain(hints[field.name]), field.default
         told = default not in (None, "", dataclasses.MISSING) and default is not False
         shown = f" (default: {default})" if told else ""

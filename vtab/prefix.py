@@ -5,12 +5,14 @@
 How it works: the model runs as ever, but the prefix's last module, the cut, gives the kept outputs of the batch's
 images, and modules before it give zeros of their shape. A cut counts only if all that modules after it get and give
 stays as it was, bit for bit: a residual that leads past it rules it out, also where a zero hides it from the logits.
-Of those, the one that spares most modules is taken.
+Nor may any gradient change, as that of a position embedding would, which is no module's. Of those, the one that spares
+most modules is taken. What it gives for an image must not depend on the others in its batch, as behind a batch norm
+that is not frozen.
 """
 
 import contextlib
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -68,15 +70,23 @@ class FrozenPrefix:
         for plan in self._plans():
             self.cut, self.spared = plan
             self.kept = self._output(self.cut, self.images[some])
-            expected = self._after(self.cut, self.images[some])
-            with contextlib.suppress(RuntimeError, ValueError, TypeError, AssertionError), self(some):
-                found = self._after(self.cut, self.images[some])
-                if len(found) == len(expected) and all(map(torch.equal, found, expected)):
-                    return plan
-        raise ValueError(
-            "--cache-frozen-prefix: the first modules are trained themselves, or later ones read what they compute; "
-            "name later --targets, or leave it out"
-        )
+            values, gradients = self._after(self.cut, self.images[some])
+            with contextlib.suppress(RuntimeError, ValueError, TypeError, AssertionError, IndexError), self(some):
+                found, slopes = self._after(self.cut, self.images[some])
+                same = len(found) == len(values) and all(map(torch.equal, found, values))
+                if same and all(map(_near, slopes, gradients)):
+                    break
+        else:
+            raise ValueError(
+                "--cache-frozen-prefix: the first modules are trained themselves, or later ones read what they "
+                "compute; name later --targets, or leave it out"
+            )
+        if self._mixes(self.cut):
+            raise ValueError(
+                "--cache-frozen-prefix keeps what one image gives, and here the others in its batch change that, as "
+                "they do in a batch norm that is not frozen; leave it out"
+            )
+        return plan
 
     def _plans(self) -> list[tuple[nn.Module, list[tuple[nn.Module, Tensor]]]]:
         """Cuts with the modules before them, those that spare most first."""
@@ -118,8 +128,9 @@ class FrozenPrefix:
         single = {m: each[0] for m, each in given.items() if len(each) == 1 and isinstance(each[0], Tensor)}
         return ran, {m: output for m, output in single.items() if output.dim() and len(output) == 1}
 
-    def _after(self, cut: nn.Module, images: Tensor) -> list[Tensor]:
-        """All tensors that modules get and give once `cut` has run, and the logits; a zero head says nothing."""
+    def _after(self, cut: nn.Module, images: Tensor) -> tuple[list[Tensor], Sequence[Tensor]]:
+        """All tensors that modules get and give once `cut` has run, and the logits, as a zero head says nothing; and
+        the gradients of a sum of them all."""
         seen: list[Tensor] = []
         done: list[nn.Module] = []
 
@@ -131,10 +142,22 @@ class FrozenPrefix:
         around = [m for m in self.model.modules() if cut in m.modules()]  # whose inputs may come before the cut
         hooks = [m.register_forward_hook(keep) for m in self.model.modules()]
         try:
-            return [self._logits(images), *seen]
+            found = [self._logits(images, gradients=True), *seen]
         finally:
             for hook in hooks:
                 hook.remove()
+        terms = [
+            (t * torch.arange(t.numel(), device=t.device).view_as(t).cos()).sum() for t in found if t.requires_grad
+        ]
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        return found, torch.autograd.grad(torch.stack(terms).sum(), trained, materialize_grads=True)
+
+    def _mixes(self, cut: nn.Module) -> bool:
+        """Whether `cut` gives something else for an image beside noise."""
+        image = self.images[:1]
+        noise = (97 * torch.arange(image.numel(), device=image.device) % 256).to(image.dtype).view_as(image)
+        twins, beside = (self._output(cut, torch.cat([image, other]))[:1] for other in (image, noise))
+        return not _near(beside, twins)
 
     def _output(self, module: nn.Module, images: Tensor) -> Tensor:
         """What `module` gives within the model, if nothing was drawn at random before."""
@@ -155,13 +178,18 @@ class FrozenPrefix:
             hook.remove()
         return kept[0]
 
-    def _logits(self, images: Tensor) -> Tensor:
+    def _logits(self, images: Tensor, gradients: bool = False) -> Tensor:
         devices = [images.device] if images.is_cuda else []
-        with torch.random.fork_rng(devices), torch.no_grad(), autocast(images.device, self.precision):
+        with torch.random.fork_rng(devices), autocast(images.device, self.precision), torch.set_grad_enabled(gradients):
             torch.manual_seed(0)
             self.undrawn = _generators(images.device)
             logits: Tensor = self.model(self.normalize(images))
         return logits
+
+
+def _near(one: Tensor, other: Tensor) -> bool:
+    """But for the rounding of half precision and of sums in another order."""
+    return bool((one - other).float().norm() <= 0.03 * other.float().norm())
 
 
 def _generators(device: torch.device) -> list[Tensor]:

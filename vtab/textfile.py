@@ -9,31 +9,31 @@ from capavision.files import replacing
 LIMIT = 64 << 20  # bytes: a list of a million images
 
 
-def read(path: Path) -> str:
+def read(path: Path, limit: int = LIMIT) -> str:
     """The text of a file that anyone may have written.
 
     Raises:
-        ValueError: more than 64 MiB, or no text.
+        ValueError: more than `limit` bytes, or no text.
         OSError: no such file, or none that can be read.
     """
     with path.open("rb") as file:
-        found = file.read(LIMIT + 1)
-    if len(found) > LIMIT:
-        raise ValueError(f"{path} has more than {LIMIT:,} bytes, which makes no sense; replace it")
+        found = file.read(limit + 1)
+    if len(found) > limit:
+        raise ValueError(f"{path} has more than {limit:,} bytes, which makes no sense; replace it")
     try:
         return found.decode()
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is no text file ({error})") from error
 
 
-def read_json(path: Path) -> Any:
+def read_json(path: Path, limit: int = LIMIT) -> Any:
     """The JSON of a file that anyone may have written.
 
     Raises:
-        ValueError: no JSON, more than 64 MiB, nested too deeply.
+        ValueError: no JSON, more than `limit` bytes, nested too deeply.
         OSError: no such file, or none that can be read.
     """
-    text = read(path)
+    text = read(path, limit)
     try:
         return json.loads(text, parse_int=_int)
     except (ValueError, RecursionError) as error:

@@ -11,8 +11,8 @@ Shapes: K (length, heads · key width), V (length, heads · value width) trained
 Cost:   length · (n_k + n_v) values; d · length more keys in the softmax, at run time too: it does not fold away.
 Start:  K uniform, V = 0. Not the plain model: the prefix takes length / (length + tokens) of the attention, roughly.
 Hosts:  every attention that calls torch's scaled_dot_product_attention once, as transformers' encoders do too, set to
-        "sdpa". A mask (of padding, say) or a bias over positions is 0 at the prefix. Keys that a class normalises or
-        rotates meet the prefix after that.
+        "sdpa"; one that stops calling it is refused when it runs. A mask (of padding, say) or a bias over positions is
+        0 at the prefix. Keys that a class normalises or rotates meet the prefix after that.
 """
 
 from dataclasses import dataclass

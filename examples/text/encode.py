@@ -81,9 +81,9 @@ def encode(tokenizer: Any, texts: Texts, max_length: int, device: torch.device) 
         list(texts.first), texts.second and list(texts.second), truncation=True, max_length=max_length, padding=False
     )
     sizes = torch.tensor([len(row) for row in found["input_ids"]])
-    ids = _padded(found["input_ids"], tokenizer.pad_token_id, device)
+    ids = padded(found["input_ids"], tokenizer.pad_token_id, device)
     named = "token_type_ids" in tokenizer.model_input_names and "token_type_ids" in found
-    types = _padded(found["token_type_ids"], tokenizer.pad_token_type_id, device) if named else None
+    types = padded(found["token_type_ids"], tokenizer.pad_token_type_id, device) if named else None
     cut = sum(bool(encoding.overflowing) for encoding in found.encodings)
     return Encoded(ids, types, sizes.to(device), sizes, cut)
 
@@ -110,6 +110,7 @@ def check_vocabulary(name: str, tokenizer: Any, encoded: Encoded, vocabulary: in
         )
 
 
-def _padded(rows: Sequence[Sequence[int]], filling: int, device: torch.device) -> Tensor:
-    parts = [torch.tensor(row, dtype=torch.int32) for row in rows]
+def padded(rows: Sequence[Any], filling: int, device: torch.device) -> Tensor:
+    """Rows of whole numbers as one int32 tensor, as wide as the longest."""
+    parts = [torch.as_tensor(row, dtype=torch.int32) for row in rows]
     return torch.nn.utils.rnn.pad_sequence(parts, batch_first=True, padding_value=filling).to(device)

@@ -38,10 +38,13 @@ BY_TASK = {
 }
 
 
-def _run(task: str, model: str, lr: float, epochs: int, batch: int, length: int, warmup: float, decay: float) -> Any:
+def _run(task: str, *settings: Any) -> Any:
+    return {"data": f"glue/{task}", **trained(*settings)}
+
+
+def trained(model: str, lr: float, epochs: int, batch: int, length: int, warmup: float, decay: float) -> Any:
     """The flags that a script sets, beside transformers' own defaults: AdamW, a linear decay to 0, clipping at 1."""
     return {
-        "data": f"glue/{task}",
         "model": model,
         "lr": lr,
         "epochs": epochs,
@@ -120,8 +123,11 @@ if __name__ == "__main__":
 
     def main(argv: list[str] | None = None) -> str:
         """Print the table."""
-        Parser(prog="python -m examples.text.recipes", description="CapaBoost's recipes on GLUE.").parse_args(argv)
-        print(table(RECIPES))
-        return table(RECIPES)
+        from examples.text.qa_recipes import RECIPES as OF_SQUAD
+
+        description = "CapaBoost's recipes on GLUE and SQuAD."
+        Parser(prog="python -m examples.text.recipes", description=description).parse_args(argv)
+        print(text := table(RECIPES | OF_SQUAD))
+        return text
 
     run(main)

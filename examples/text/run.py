@@ -4,8 +4,6 @@ config.json, metrics.jsonl, result.json, adapter.safetensors, predictions.npz   
 tokenizer.json, tokenizer_config.json, model_config/config.json                   as transformers saves them
 """
 
-import json
-import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,20 +11,18 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import capavision as cv
 from examples.text import metrics, sources
+from examples.text.adapted import Adapted, adapt
 from examples.text.data import TextData, Texts
-from examples.text.encode import Encoded, check_vocabulary, encode
+from examples.text.encode import Encoded, encode
 from examples.text.loop import TextLoop, predict
-from examples.text.model import architecture, build_model, load_tokenizer, try_batch
-from examples.text.recipes import RECIPES
+from examples.text.model import architecture, load_tokenizer
 from examples.text.settings import Classification
 from vtab import record
 from vtab.evaluate import Accuracy
-from vtab.setup import digest, pick_device
-from vtab.textfile import write
 
 
 @dataclass(frozen=True)
@@ -35,31 +31,17 @@ class TextSetup:
 
     config: Classification
     data: TextData
-    text: dict[str, Any]  # the adapter file's info: what export needs to build the model again
-    model: nn.Module
-    tokenizer: Any
-    report: cv.Report
-    digest: str  # of the weights underneath
-
-    @property
-    def device(self) -> torch.device:
-        """Where the model is."""
-        return next(self.model.parameters()).device
-
-    @property
-    def judge(self) -> str:
-        """The split that judges the run."""
-        return "val" if self.config.stage == "tune" else "test"
+    adapted: Adapted
 
     def encode(self, texts: Texts) -> tuple[Encoded, Tensor]:
         """Tokens and labels, on the model's device."""
-        encoded = encode(self.tokenizer, texts, self.config.max_length, self.device)
-        return encoded, torch.from_numpy(texts.labels).to(self.device)
+        encoded = encode(self.adapted.tokenizer, texts, self.config.max_length, self.adapted.device)
+        return encoded, torch.from_numpy(texts.labels).to(encoded.device)
 
     def measure(self, texts: Texts, encoded: Encoded | None = None) -> tuple[dict[str, float], Tensor]:
         """The task's metrics in percent, and the logits."""
         encoded = encoded or self.encode(texts)[0]
-        logits = predict(self.model, encoded, self.config.precision)
+        logits = predict(self.adapted.model, encoded, self.config.precision)
         return metrics.judge(self.data.metric, texts.labels, self.predicted(logits)), logits
 
     def predicted(self, logits: Tensor) -> Any:
@@ -75,14 +57,15 @@ def run(config: Classification) -> dict[str, Any]:
 def train(config: Classification, folder: Path) -> dict[str, Any]:
     """Set-up, epochs, the one look at the split that judges the run, the files that record it."""
     setup = prepare(config, folder)
-    print(f"{setup.report}\n{setup.data.source}; {config.stage} run on {setup.device}")
+    adapted = setup.adapted
+    print(f"{adapted.report}\n{setup.data.source}; {config.stage} run on {adapted.device}")
     texts = setup.data.splits["train" if config.stage == "tune" else "trainval"]
     encoded, labels = setup.encode(texts)
     if encoded.cut:
         print(f"{encoded.cut:,} of {len(texts):,} texts are longer than {config.max_length} tokens, and are cut there")
-    history = TextLoop(setup.model, encoded, labels, config).fit(folder, watcher(setup))
-    save(setup, folder)
-    cv.fold(setup.model)  # judged as it will run: the plain model, at its speed
+    history = TextLoop(adapted.model, encoded, labels, config).fit(folder, watcher(setup))
+    adapted.save(folder, setup.data.source)
+    cv.fold(adapted.model)  # judged as it will run: the plain model, at its speed
     return conclude(setup, folder, history)
 
 
@@ -92,9 +75,6 @@ def prepare(config: Classification, folder: Path) -> TextSetup:
     Raises:
         ValueError: settings, texts, tokenizer and model that do not fit each other.
     """
-    device = pick_device(config.device)
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
     data = sources.open_data(config)
     text = {
         "model": config.model,
@@ -104,15 +84,9 @@ def prepare(config: Classification, folder: Path) -> TextSetup:
         "max_length": config.max_length,
         "pair": data.pair,
     }
-    tokenizer, model = load_tokenizer(config.model), build_model(text, folder, config.seed)
+    tokenizer = load_tokenizer(config.model)
     some = encode(tokenizer, data.splits["train"].head(256), config.max_length, torch.device("cpu"))
-    check_vocabulary(config.model, tokenizer, some, model.get_input_embeddings().num_embeddings)
-    longest = {"input_ids": torch.full((1, config.max_length), int(some.ids[0, 0]))}
-    try_batch(model, longest, config.model)
-    example = some.inputs(some.batches(torch.arange(min(2, len(some))), 2)[0])
-    base = digest(model)
-    report = cv.inject(model, config.method, config.patterns, config.parts, seed=config.seed, example=example)
-    return TextSetup(config, data, text, model.to(device), tokenizer, report, base)
+    return TextSetup(config, data, adapt(config, text, tokenizer, some, folder))
 
 
 def watcher(setup: TextSetup) -> Any:
@@ -130,69 +104,27 @@ def watcher(setup: TextSetup) -> Any:
     return watch
 
 
-def save(setup: TextSetup, folder: Path) -> None:
-    """The adapter with all that whoever loads it must know, the tokenizer and the model's configuration."""
-    info = {"task": setup.data.task, "source": setup.data.source, "stage": setup.config.stage, "text": setup.text}
-    cv.save(setup.model, folder / "adapter.safetensors", classes=setup.data.labels, info=info)
-    with tempfile.TemporaryDirectory() as temporary:
-        setup.tokenizer.save_pretrained(temporary)
-        setup.model.config.save_pretrained(f"{temporary}/model_config")
-        for path in sorted(Path(temporary).rglob("*")):
-            if path.is_file():
-                write(folder / path.relative_to(temporary), path.read_text(encoding="utf-8"))
-
-
 def conclude(setup: TextSetup, folder: Path, history: list[dict[str, Any]]) -> dict[str, Any]:
     """The look at the split that judges the run, and the files that say what came out."""
-    config, data, judge = setup.config, setup.data, setup.judge
+    config, data, judge = setup.config, setup.data, setup.config.judge
     texts = data.splits[judge].head(config.test_limit)
     start = time.perf_counter()
-    found, logits = setup.measure(texts)
+    figures, logits = setup.measure(texts)
     more = {name: part.head(config.test_limit) for name, part in data.splits.items() if name.startswith(f"{judge}_")}
     beside = {name: setup.measure(part)[0]["score"] for name, part in more.items()}
     seconds = time.perf_counter() - start
-    result: dict[str, Any] = {
-        "task": data.task,
-        "split": judge,
-        "stage": config.stage,
-        "protocol": config.protocol,
-        "metric": data.metric,
-        "score": found.pop("score"),
-        "metrics": found | beside,
-    }
+    found: dict[str, Any] = {"metric": data.metric, "score": figures.pop("score"), "metrics": figures | beside}
     if data.labels is not None:
         score = _accuracy(setup, texts, logits)
-        result |= {"accuracy": score.percent, "interval95": score.interval}
+        found |= {"accuracy": score.percent, "interval95": score.interval}
         record.write_predictions(folder / "predictions.npz", texts.labels, logits.cpu().numpy())
-    result |= {
-        "images": len(texts),  # vtab's word for examples
-        "images_in_full_split": len(data.splits[judge]),
-        "recipe_differs": RECIPES[config.recipe].unlike(data.task) if config.recipe else [],
-        **record.costs(config, setup.report, history, seconds),
-        "selection": {"settings": _settings(config), "epoch": "the last", "looks_at_test": int(judge == "test")},
-        "data": {"source": data.source, "splits": {k: len(s) for k, s in data.splits.items()}, **data.facts},
-        "text": setup.text,
-        "base": {"model": config.model, "weights": "pretrained", "digest": setup.digest, "img_size": None},
-        "environment": _environment(setup.device),
-    }
-    write(folder / "result.json", json.dumps(result, indent=1))
-    (folder / "checkpoint.safetensors").unlink(missing_ok=True)
+    found |= {"images": len(texts), "images_in_full_split": len(data.splits[judge])}  # vtab's word for examples
+    facts = {"source": data.source, "splits": {k: len(s) for k, s in data.splits.items()}, **data.facts}
+    result = setup.adapted.conclude(folder, found, facts, history, seconds)
     told = f"{data.metric} {result['score']:.2f}" if data.metric != "accuracy" else f"accuracy {score}"
-    print(f"{data.task} ({data.source}): {judge} {told}, {setup.report.trained:,} trained values\n{folder}")
+    print(f"{data.task} ({data.source}): {judge} {told}, {setup.adapted.report.trained:,} trained values\n{folder}")
     return result
 
 
 def _accuracy(setup: TextSetup, texts: Texts, logits: Tensor) -> Accuracy:
     return Accuracy(int(np.sum(setup.predicted(logits) == texts.labels)), len(texts))
-
-
-def _settings(config: Classification) -> str:
-    return "the command line" if config.recipe is None else f"recipe {config.recipe} and the command line"
-
-
-def _environment(device: torch.device) -> dict[str, Any]:
-    import tokenizers
-    import transformers
-
-    versions = {"transformers": transformers.__version__, "tokenizers": tokenizers.__version__}
-    return record.environment(device) | versions

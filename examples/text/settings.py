@@ -1,13 +1,16 @@
 """The settings of text runs, beside those that every training has."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 from capavision.targets import near
 from examples.text.metrics import METRICS
 from examples.text.recipes import RECIPES
 from vtab import limits, recipes
 from vtab.cli import flag
+from vtab.recipes import Recipe
 from vtab.training import Training
 
 
@@ -19,6 +22,8 @@ class TextTraining(Training):
     max_length: tokens of a text, the special ones included; what is longer is cut
     """
 
+    known: ClassVar[Mapping[str, Recipe]] = RECIPES
+
     model: str = "demo"
     max_length: int = 128
     epochs: int = 10
@@ -26,11 +31,16 @@ class TextTraining(Training):
     weight_decay: float = 0.01
     decay: str = "linear"
 
+    @property
+    def judge(self) -> str:
+        """The split that judges the run."""
+        return "val" if self.stage == "tune" else "test"
+
     def check(self) -> None:
         """Raise ValueError, with the cure, for the first setting that cannot be."""
         limits.check_training(self)
         if self.recipe is not None:
-            recipes.find(self.recipe, RECIPES)
+            recipes.find(self.recipe, self.known)
         if self.max_length < 1:
             raise ValueError(f"--max-length {self.max_length} must be at least 1")
 

@@ -1,0 +1,49 @@
+"""What a run answered, in the files that SQuAD's official scripts read and BERT's SQuAD code writes.
+
+predictions.json             the answer to each question by its id, as SQuAD's official scripts read it
+nbest_predictions.json       the best answers to each, with their shares of a softmax over the scores kept
+null_odds.json               for v2.0: the null score minus the best other, for evaluate-v2.0.py --na-prob-file
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from examples.text.questions import Squad
+from examples.text.spans import Decoded
+from vtab.textfile import write
+
+
+def write_answers(folder: Path, questions: Squad, decoded: Sequence[Decoded], said: Mapping[str, str]) -> None:
+    """The three files; each whole or not at all.
+
+    Args:
+        folder: the run's.
+        questions: those that were asked.
+        decoded: the best answers to each.
+        said: the one that was given, by the question's id.
+    """
+    write(folder / "predictions.json", json.dumps(said, indent=1))
+    write(folder / "nbest_predictions.json", json.dumps(nbest(questions, decoded), indent=1))
+    if questions.version == "2.0":
+        odds = {q.id: told.odds for q, told in zip(questions.questions, decoded, strict=True)}
+        write(folder / "null_odds.json", json.dumps(odds, indent=1))
+
+
+def nbest(questions: Squad, decoded: Sequence[Decoded]) -> dict[str, list[dict[str, Any]]]:
+    """The answers that were kept of each question, "" among them for v2.0, with their shares of a softmax."""
+    found = {}
+    for question, told in zip(questions.questions, decoded, strict=True):
+        entries = [(span.score, span.text, span.start) for span in told.spans]
+        if questions.version == "2.0":
+            entries = sorted([*entries, (told.null, "", -1)], key=lambda entry: -entry[0])
+        scores = np.array([score for score, *_ in entries])
+        shares = np.exp(scores - scores.max())
+        found[question.id] = [
+            {"text": text, "start": start, "score": score, "probability": float(share)}
+            for (score, text, start), share in zip(entries, shares / shares.sum(), strict=True)
+        ]
+    return found
