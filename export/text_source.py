@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import capavision as cv
-from export import tokens
+from export import shape, tokens
 from export.cli import first_line
 from export.graph import answer, traced
 from export.names import rename
@@ -50,7 +50,7 @@ class TextSource(Source):
         Raises:
             ValueError: it says too little, is of another kind of task, or has no tokenizer that fits beside it.
         """
-        text = checked(about["info"])
+        text = checked(about["info"], max_length=shape.length, pair=bool)
         if not text["architecture"].endswith("ForSequenceClassification"):
             raise ValueError(
                 f"{file} is of {text['architecture']}, and a package answers with labels or a number: export a run of "

@@ -728,7 +728,7 @@ def test_pickled_weights_and_other_checkpoints_are_refused(command, tmp_path, ca
 def test_an_architecture_that_transformers_does_not_have_is_refused(tmp_path):
     for name in ("os", "BertConfig", "NoSuchModel"):
         with pytest.raises(ValueError, match=f"has no model '{name}'"):
-            models.build({"text": {"model": "demo", "architecture": name, "max_length": 8, "pair": False}}, tmp_path)
+            models.build({"text": {"model": "demo", "architecture": name}}, tmp_path)
 
 
 # The benchmark
