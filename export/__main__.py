@@ -26,16 +26,20 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         raise ValueError(f"{args.out} exists; name another --out, or delete it first")
     from export import delta, package, split
     from export.graph import check_choices
+    from export.source import Source
 
     wanted = Wanted.of(args)
     check_choices(args.opset, args.exporter)
     if args.delta:
-        return delta.make(package.Source.open(args.delta), args.base, args.out, args.tolerance)
+        source = Source.open(args.delta)
+        _refuse_texts("--delta", source)
+        return delta.make(source, args.base, args.out, args.tolerance)
     if args.split:
         runs = split.named(args.split)
+        _refuse_texts("--split", *runs.values())
         manifest = split.build(runs, args.out, opset=args.opset, tolerance=args.tolerance, then=_adding(runs, wanted))
     else:
-        source = package.Source.open(args.run)
+        source = Source.open(args.run)
         manifest = package.build(
             source,
             args.out,
@@ -51,9 +55,17 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
 
 def _adding(sources: dict[str, Any], wanted: Wanted) -> Any:
     """What makes the variants of a package of these tasks, where any are wanted."""
-    from export.variants import add_variants
+    from export.variants import add_variants, check
 
+    for source in sources.values():
+        check(source, wanted)
     return functools.partial(add_variants, sources, wanted=wanted) if wanted.names else None
+
+
+def _refuse_texts(flag: str, *sources: Any) -> None:
+    for source in sources:
+        if source.kind != "image":
+            raise ValueError(f"{flag} is for runs on images, and {source.path} is of texts; export it by itself")
 
 
 def _tell(out: Path, manifest: dict[str, Any]) -> None:
@@ -61,6 +73,7 @@ def _tell(out: Path, manifest: dict[str, Any]) -> None:
     worst = max(max(task["parity"]["relative_error"].values()) for task in tasks.values())
     size = sum(each["bytes"] for name, each in files.items() if name.startswith("model.onnx")) / 1e6
     form = FORMS[manifest["form"]] + (", height and width open" if "dynamic_size" in manifest else "")
+    form += ", length open" if "input" in manifest else ""
     print(f"{out}: {size:.1f} MB, {form}, within {worst:.1e} of PyTorch at batches 1, 2, 3, 5")
     for name, task in tasks.items():
         if task["adapter"]:

@@ -30,6 +30,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     chosen = {"variant": "float32" if preprocess else args.variant, "threads": args.threads}
     task = args.task if args.task in read_manifest(args.package)["tasks"] else None  # else the name of its data
     runtime = Classifier(args.package, task, **chosen)
+    runtime.pixels()  # or it is refused
     judged = _recorded(args.run, runtime) if args.run else {}
     run = splits.settings(args.run / "adapter.safetensors") if args.run else {}
     try:

@@ -34,6 +34,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     cli.at_least(1, args, "images")
     cli.at_least(0, args, "seed")
     runtime = Classifier(args.package)
+    runtime.pixels()  # or it is refused
     session = opened(args.package, runtime.manifest)
     rng, sources = np.random.default_rng(args.seed), builtin()
     images = (sources[i % len(sources)](rng) for i in range(args.images))

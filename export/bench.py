@@ -3,9 +3,9 @@
 With --run they stand beside the plain base graph (the same model exported without its adapter) and PyTorch. Rounds
 visit all of them, each round in another order, so that whatever else the machine does meets all; a ratio is taken
 within a round, to the base graph (else to float32), and given as the median with its 95 % interval and quartiles.
-Inputs are random and normalised already; the preprocess graph gets one image of 640 × 480, which it also resizes. The
-graphs of a split package run with the adapter of the run's task, or of the first. Idle threads do not spin, or those of
-one model would slow the next.
+Inputs are random and normalised already, texts are tokens already, all of one length; the preprocess graph gets one
+image of 640 × 480, which it also resizes. The graphs of a split package run with the adapter of the run's task, or of
+the first. Idle threads do not spin, or those of one model would slow the next.
 """
 
 import copy
@@ -26,9 +26,10 @@ from export import cli, memory, session
 from export.runtime import check_files, read_manifest, sha256
 
 if TYPE_CHECKING:
-    from export.package import Source
+    from export.source import Source
 
 PHOTO = (480, 640, 3)
+TOKENS = 64  # of a text
 Call = Callable[[], Any]
 
 
@@ -41,9 +42,11 @@ def opened(graph: Path, threads: int) -> onnxruntime.InferenceSession:
     return onnxruntime.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
 
 
-def feeds(session: onnxruntime.InferenceSession, batch: int) -> dict[str, np.ndarray]:
-    """A random input for a graph, of pixels or of a whole image."""
+def feeds(session: onnxruntime.InferenceSession, batch: int, tokens: int = TOKENS) -> dict[str, np.ndarray]:
+    """An input for a graph: random pixels, a whole image, or texts of so many tokens, whose values cost no time."""
     given, rng = session.get_inputs()[0], np.random.default_rng(0)
+    if given.name == "input_ids":
+        return {each.name: np.ones((batch, tokens), np.int64) for each in session.get_inputs()}
     if given.name == "image":
         return {"image": rng.integers(0, 256, PHOTO, np.uint8)}
     size = [n if isinstance(n, int) else 224 for n in given.shape[2:]]
@@ -80,7 +83,7 @@ def rows(times: dict[str, np.ndarray], batch: int, threads: int) -> list[dict[st
                 "threads": threads,
                 "p50_ms": float(p50),
                 "p95_ms": float(p95),
-                "images_per_second": float(1000 * batch / p50),
+                "per_second": float(1000 * batch / p50),
                 "ratio": {
                     "median": float(median),
                     "interval95": [float(ratios[rank]), float(ratios[-1 - rank])],
@@ -91,15 +94,14 @@ def rows(times: dict[str, np.ndarray], batch: int, threads: int) -> list[dict[st
     return found
 
 
-def torch_calls(source: "Source", batch: int, threads: int, compiled: bool) -> dict[str, Call]:
+def torch_calls(source: "Source", batch: int, tokens: int, threads: int, compiled: bool) -> dict[str, Call]:
     """PyTorch's own forward pass of the folded model, eager and, where asked for, compiled."""
     import torch
 
-    from export.graph import folded
+    from export.graph import answer, folded
 
     torch.set_num_threads(threads)
-    model, size = folded(source.model), source.preprocessing["size"]
-    pixels = torch.from_numpy(np.random.default_rng(0).standard_normal((batch, 3, size, size), np.float32))
+    model, given = folded(source.model), source.example(batch, tokens)
     models: dict[str, Any] = {"pytorch": model}
     if compiled:
         torch.compiler.reset()  # or the second batch size would be compiled as a symbol
@@ -108,7 +110,7 @@ def torch_calls(source: "Source", batch: int, threads: int, compiled: bool) -> d
     def call(chosen: Any) -> Call:
         def forward() -> Any:
             with torch.inference_mode():
-                return chosen(pixels)
+                return answer(chosen, given)
 
         return forward
 
@@ -118,12 +120,10 @@ def torch_calls(source: "Source", batch: int, threads: int, compiled: bool) -> d
 def write_base(source: "Source", manifest: dict[str, Any], path: Path) -> None:
     """The graph of the model without its adapter, but with its head; exported as the package was."""
     import capavision as cv
-    from export.graph import to_onnx
     from export.store import save
 
     plain = cv.remove(copy.deepcopy(source.model)).eval()
-    opset, exporter = manifest["opset"], manifest["exporter"]
-    save(to_onnx(plain, source.preprocessing["size"], source.labels, opset, exporter=exporter), path)
+    save(source.traced(plain, manifest["opset"], exporter=manifest["exporter"]), path)
 
 
 def nodes(graph: Path) -> int | None:
@@ -165,9 +165,9 @@ def measure(
                 if name == "preprocess" and batch > 1:
                     continue  # it takes one image
                 model = opened(graph, threads)
-                calls[name] = _run(model, feeds(model, batch), None if name == "base" else options)
+                calls[name] = _run(model, feeds(model, batch, args.tokens), None if name == "base" else options)
             if source:
-                calls |= torch_calls(source, batch, threads, args.compile)
+                calls |= torch_calls(source, batch, args.tokens, threads, args.compile)
             found += rows(interleaved(calls, args.rounds), batch, threads)
     return found
 
@@ -182,7 +182,7 @@ def peaks(graphs: dict[str, Path], source: "Source | None", args: Any) -> dict[s
     runs = {"pytorch": ("torch", source.path)} if source else {}
     for name, (kind, path) in ({name: ("onnx", graph) for name, graph in graphs.items()} | runs).items():
         try:
-            found[name] = memory.peak(kind, path, batch, threads)
+            found[name] = memory.peak(kind, path, batch, threads, args.tokens)
         except ValueError as error:  # the times are measured, and worth keeping
             print(f"note: {error}", file=sys.stderr)
             found[name] = None
@@ -194,13 +194,14 @@ def show(result: dict[str, Any]) -> None:
     about = result["machine"]
     print(", ".join(f"{key} {value}" for key, value in about.items()))
     reference = result["rows"][0]["name"] + ("" if "base" in result["graphs"] else " (--run brings the plain base)")
-    print(f"{result['rounds']} rounds; ratios to {reference}, within a round: median (its 95 % interval)")
+    texts = f"texts of {result['tokens']} tokens; " if "tokens" in result else ""
+    print(f"{texts}{result['rounds']} rounds; ratios to {reference}, within a round: median (its 95 % interval)")
     for row in result["rows"]:
         low, high = row["ratio"]["interval95"]
         ratio = f"{row['ratio']['median']:.3f} ({low:.3f} … {high:.3f})"
         print(
             f"{row['name']:<18} batch {row['batch']:<3} threads {row['threads']:<3} p50 {row['p50_ms']:8.2f} ms  "
-            f"p95 {row['p95_ms']:8.2f} ms  {row['images_per_second']:8.1f} images/s  {ratio}"
+            f"p95 {row['p95_ms']:8.2f} ms  {row['per_second']:8.1f}/s  {ratio}"
         )
     for name, graph in result["graphs"].items():
         parts = [f"{graph['bytes'] / 1e6:.1f} MB"]
@@ -213,7 +214,7 @@ def show(result: dict[str, Any]) -> None:
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Time everything, print the table, return it."""
     args = _parser().parse_args(argv)
-    cli.at_least(1, args, "batches", "threads", "rounds")
+    cli.at_least(1, args, "batches", "threads", "rounds", "tokens")
     if args.compile and not args.run:
         raise ValueError("--compile compiles the run's model; name it with --run")
     manifest = read_manifest(args.package)
@@ -226,6 +227,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
             write_base(source, manifest, Path(folder) / "base.onnx")
             graphs = {"base": Path(folder) / "base.onnx", **graphs}
         result: dict[str, Any] = {"machine": machine(), "rounds": args.rounds}
+        result |= {"tokens": args.tokens} if "input" in manifest else {}
         result["rows"] = measure(graphs, adapter, source, args)
         result["graphs"] = {n: {"bytes": _bytes(graph), "nodes": nodes(graph)} for n, graph in graphs.items()}
         result["peak_memory_mb"] = peaks(graphs, source, args) if args.memory else {}
@@ -236,7 +238,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
 
 
 def _source(run: Path, manifest: dict[str, Any], package: Path) -> "Source":
-    from export.package import Source
+    from export.source import Source
 
     source = Source.open(run)
     if sha256(source.path) not in [task["source_sha256"] for task in manifest["tasks"].values()]:
@@ -260,12 +262,17 @@ def _parser() -> cli.Parser:
     parser.add_argument("package", type=Path, metavar="DIR", help="what python -m export wrote")
     parser.add_argument("--run", type=Path, metavar="RUN_DIR", help="a run in it: brings the plain base and PyTorch")
     parser.add_argument(
-        "--batches", type=cli.numbers, default=[1], metavar="N,…", help="images a call, one or several (default: 1)"
+        "--batches",
+        type=cli.numbers,
+        default=[1],
+        metavar="N,…",
+        help="images or texts a call, one or several (default: 1)",
     )
     parser.add_argument(
         "--threads", type=cli.numbers, default=[os.cpu_count()], metavar="N,…", help="of all (default: all cores)"
     )
     parser.add_argument("--rounds", type=int, default=50, metavar="N", help="timed rounds (default: 50)")
+    parser.add_argument("--tokens", type=int, default=TOKENS, metavar="N", help=f"of a text (default: {TOKENS})")
     parser.add_argument("--compile", action="store_true", help="PyTorch's torch.compile too; takes minutes")
     parser.add_argument(
         "--no-memory", dest="memory", action="store_false", help="leave out peak memory, which takes a process each"

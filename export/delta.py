@@ -41,7 +41,7 @@ ROOM = 2**20  # bytes that a package may take beyond what its base suggests
 
 
 def make(source: Any, base: Path, out: Path, tolerance: float = TOLERANCE) -> dict[str, Any]:
-    """Write the delta of a run, an `export.package.Source`, to the package `base`; returns the run's own manifest.
+    """Write the delta of a run, an `export.source.Source`, to the package `base`; returns the run's own manifest.
 
     Raises:
         ValueError: `out` exists; `base` is a split package, or of another model; what `export.package.build` refuses.

@@ -68,6 +68,7 @@ class Desk:
     def __init__(self, package: Path, threads: int, queue: int = 256, variant: str = "float32") -> None:
         self.waiting, self.queue = 0, queue
         self.model = Classifier(package, threads=threads, variant=variant)
+        self.model.pixels()  # a package of texts is refused now, not at the first request
         self.decoders = ThreadPoolExecutor(DECODERS)  # a semaphore would forget those whose client has gone
 
     def tasks(self) -> dict[str, list[str]]:

@@ -33,22 +33,28 @@ LEGACY_OPSET = 20  # the newest that the legacy exporter writes
 EXPORTERS = ("dynamo", "legacy")
 UNOPTIMIZED = "dynamo, unoptimized"
 WRONG = 1e-3  # relative error that no rounding makes
-Inputs = Mapping[str, tuple[Tensor, dict[int, str]]]  # by name: an example, and the symbols of its free axes
+Inputs = Mapping[str, tuple[Tensor, dict[int, Any]]]  # by name: an example, and its free axes, a Dim or a name each
 
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """What to trace with: an example image, the opset, the open axes of the image, and the inputs beside it."""
+    """What to trace with: what the model is given, the opset, and the slots beside, which have defaults."""
 
-    pixels: Tensor
+    given: Inputs
     opset: int
-    axes: tuple[str, ...]
-    inputs: Inputs
+    slots: Inputs
 
     @property
     def examples(self) -> tuple[Tensor, ...]:
         """Of all inputs."""
-        return (self.pixels, *(example for example, _ in self.inputs.values()))
+        return tuple(example for example, _ in [*self.given.values(), *self.slots.values()])
+
+
+def answer(model: nn.Module, given: Mapping[str, Tensor]) -> Tensor:
+    """A model's logits: timm's take an image by position, those of transformers their inputs by name, and give more."""
+    found = model(*given.values()) if "pixel_values" in given else model(**given)
+    logits: Tensor = getattr(found, "logits", found)
+    return logits
 
 
 def folded(model: nn.Module) -> nn.Module:
@@ -81,7 +87,33 @@ def to_onnx(
             `dynamic_size` it is dynamo alone, because legacy takes sizes that a model computes with for constants and
             does not say so: whoever asks for it compares at another size, as `export.sizes` does.
         dynamic_size: leave height and width open too.
-        inputs: what `model` takes after the image.
+        inputs: what `model` takes after the image, with defaults.
+
+    Raises:
+        ValueError: another opset or exporter, or a model that the exporter cannot trace.
+    """
+    for module in model.modules():  # timm's global switch would come too late for a live model
+        if getattr(module, "fused_attn", False) and not isinstance(getattr(module, "delta", None), cv.AttentionDelta):
+            module.fused_attn = False  # type: ignore[assignment]
+    pixels = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))  # a batch of 1 would be baked in
+    if dynamic_size:
+        axes: dict[int, Any] = {0: "batch", 2: "height", 3: "width"}  # by name: their ranges are the model's affair
+    else:
+        axes = {0: torch.export.Dim("batch", min=1)}
+    only = "dynamo" if dynamic_size and exporter is None else exporter
+    return traced(model, {"pixel_values": (pixels, axes)}, labels, opset, exporter=only, slots=inputs)
+
+
+def traced(
+    model: nn.Module,
+    given: Inputs,
+    labels: dict[str, str],
+    opset: int | None = None,
+    *,
+    exporter: str | None = None,
+    slots: Inputs | None = None,
+) -> onnx.ModelProto:
+    """Trace `model` with any inputs; `given` is by position, and all else as `to_onnx` has it.
 
     Raises:
         ValueError: another opset or exporter, or a model that the exporter cannot trace.
@@ -90,12 +122,8 @@ def to_onnx(
     check_choices(opset, exporter)
     if exporter != "legacy":
         import onnxscript  # noqa: F401  # without it dynamo fails, and that is no reason for legacy to take over
-    for module in model.modules():  # timm's global switch would come too late for a live model
-        if getattr(module, "fused_attn", False) and not isinstance(getattr(module, "delta", None), cv.AttentionDelta):
-            module.fused_attn = False  # type: ignore[assignment]
-    pixels = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))  # a batch of 1 would be baked in
-    request = Request(pixels, opset, ("batch", "height", "width") if dynamic_size else ("batch",), inputs or {})
-    only = exporter or ("dynamo" if dynamic_size or opset > LEGACY_OPSET else "")
+    request = Request(given, opset, slots or {})
+    only = exporter or ("dynamo" if opset > LEGACY_OPSET else "")
     proto, kind, failures = _first_that_works([name for name in ATTEMPTS if name.startswith(only)], model, request)
     about = {"format_version": "1", "exporter": kind.partition(",")[0], "id2label": json.dumps(labels)}
     if failures:
@@ -172,12 +200,12 @@ def _refuse_wrong(proto: onnx.ModelProto, model: nn.Module, request: Request) ->
     if sum(tensor.ByteSize() for tensor in proto.graph.initializer) > LARGE:
         return  # beyond protobuf in memory; `export.store.save` has it checked, and the package compares
     onnx.checker.check_model(proto, full_check=True)
-    if request.inputs:
+    if request.slots:
         return  # their examples are shapes, whose values may be beyond all rounding; the package compares every task
     session = plain(proto.SerializeToString())
     with torch.no_grad():
-        expected = model(request.pixels).numpy()
-    found = session.run(["logits"], {"pixel_values": request.pixels.numpy()})[0]
+        expected = model(*request.examples).numpy()
+    found = session.run(["logits"], {name: example.numpy() for name, (example, _) in request.given.items()})[0]
     if not (error := relative_error(found, expected)) <= WRONG:
         raise ValueError(f"ONNX Runtime computes something else, {error:.1e} of the largest logit away")
 
@@ -199,12 +227,9 @@ def _quiet() -> Iterator[None]:
 
 
 def _dynamo(model: nn.Module, request: Request, optimize: bool = True) -> onnx.ModelProto:
-    if request.axes == ("batch",):
-        dims: dict[int, Any] = {0: torch.export.Dim("batch", min=1)}
-    else:
-        dims = dict(zip((0, 2, 3), request.axes, strict=True))  # by name alone: their ranges are the model's affair
-    symbols = {name: torch.export.Dim(name, min=0) for _, free in request.inputs.values() for name in free.values()}
-    more = tuple({axis: symbols[name] for axis, name in free.items()} for _, free in request.inputs.values())
+    symbols = {name: torch.export.Dim(name, min=0) for _, free in request.slots.values() for name in free.values()}
+    more = tuple({axis: symbols[name] for axis, name in free.items()} for _, free in request.slots.values())
+    dims = tuple(free for _, free in request.given.values())
     program: Any = torch.onnx.export(
         model,
         request.examples,
@@ -212,18 +237,18 @@ def _dynamo(model: nn.Module, request: Request, optimize: bool = True) -> onnx.M
         optimize=optimize,
         opset_version=request.opset,
         verbose=False,
-        input_names=["pixel_values", *request.inputs],
+        input_names=[*request.given, *request.slots],
         output_names=["logits"],
-        dynamic_shapes=(dims, more) if request.inputs else (dims,),
+        dynamic_shapes=(*dims, more) if request.slots else dims,
     )
     proto: onnx.ModelProto = program.model_proto
     return proto
 
 
 def _legacy(model: nn.Module, request: Request) -> onnx.ModelProto:
-    if request.inputs:
+    if request.slots:
         raise ValueError("it gives inputs no default")
-    axes = {"pixel_values": dict(zip((0, 2, 3), request.axes, strict=False)), "logits": {0: "batch"}}
+    axes = {name: {axis: _name(dim) for axis, dim in free.items()} for name, (_, free) in request.given.items()}
     with tempfile.TemporaryDirectory() as folder, _muted():  # a file, because in memory it ends at 2 GB
         path = Path(folder) / "model.onnx"
         torch.onnx.export(
@@ -232,11 +257,15 @@ def _legacy(model: nn.Module, request: Request) -> onnx.ModelProto:
             str(path),
             dynamo=False,
             opset_version=request.opset,
-            input_names=["pixel_values"],
+            input_names=[*request.given],
             output_names=["logits"],
-            dynamic_axes=axes,
+            dynamic_axes={**axes, "logits": {0: "batch"}},
         )
         return onnx.load(path)
+
+
+def _name(dim: Any) -> str:
+    return dim if isinstance(dim, str) else str(dim.__name__)
 
 
 @contextlib.contextmanager

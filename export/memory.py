@@ -10,8 +10,6 @@ import sys
 import threading
 from pathlib import Path
 
-import numpy as np
-
 from export import cli
 
 SMAPS = Path("/proc/self/smaps_rollup")
@@ -19,21 +17,22 @@ EVERY = 0.005  # seconds between two samples
 RUNS = 3
 
 
-def peak(kind: str, path: Path, batch: int, threads: int) -> float | None:
+def peak(kind: str, path: Path, batch: int, threads: int, tokens: int = 1) -> float | None:
     """MB at the peak, measured in a fresh process; None where the system does not tell.
 
     Args:
         kind: "onnx" for a graph, "torch" for a run's folded model.
         path: the graph, or the run.
-        batch: images a call.
+        batch: images or texts a call.
         threads: of the runtime.
+        tokens: of a text.
 
     Raises:
         ValueError: the process failed.
     """
     if not SMAPS.is_file():
         return None
-    command = [sys.executable, "-m", "export.memory", kind, str(path), str(batch), str(threads)]
+    command = [sys.executable, "-m", "export.memory", kind, str(path), *map(str, (batch, threads, tokens))]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise ValueError(f"{path} does not run by itself ({(done.stderr.strip().splitlines() or ['killed'])[-1]})")
@@ -64,7 +63,7 @@ class Sampler(threading.Thread):
         return max(self.largest, pss())
 
 
-def main(kind: str, path: str, batch: str, threads: str) -> None:
+def main(kind: str, path: str, batch: str, threads: str, tokens: str) -> None:
     """Load, run, print the peak."""
     sampler = Sampler()
     sampler.start()
@@ -72,22 +71,21 @@ def main(kind: str, path: str, batch: str, threads: str) -> None:
         from export.bench import feeds, opened
 
         session = opened(Path(path), int(threads))
-        given = feeds(session, int(batch))
+        given = feeds(session, int(batch), int(tokens))
         for _ in range(RUNS):
             session.run(None, given)
     else:
         import torch
 
-        from export.graph import folded
-        from export.package import Source
+        from export.graph import answer, folded
+        from export.source import Source
 
         torch.set_num_threads(int(threads))
         source = Source.open(Path(path))
-        size = source.preprocessing["size"]
-        model = folded(source.model)
+        model, example = folded(source.model), source.example(int(batch), int(tokens))
         with torch.inference_mode():
             for _ in range(RUNS):
-                model(torch.from_numpy(np.zeros((int(batch), 3, size, size), np.float32)))
+                answer(model, example)
     print(sampler.stop())
 
 

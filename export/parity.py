@@ -16,7 +16,8 @@ from torch import nn
 
 import capavision as cv
 from capavision.inject import injections
-from export.runtime import Classifier, random_pixels, relative_error
+from export.graph import answer
+from export.runtime import Classifier, relative_error
 
 BATCHES = (1, 2, 3, 5)
 WARN = 1e-5
@@ -34,12 +35,12 @@ def measure(tasks: dict[str, Any], models: Mapping[str, nn.Module], runtime: Cla
             tasks[name]["parity"] = parity(functools.partial(runtime.logits, task=name), model, runtime, tolerance)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
-        pixels = random_pixels(PROBE["seed"], PROBE["count"], runtime.preprocessor["size"]["height"])
-        tasks[name]["probe"] = {**PROBE, "logits": reference(model, runtime, pixels).tolist()}
+        probe = runtime.input.sample(PROBE["seed"], PROBE["count"])
+        tasks[name]["probe"] = {**PROBE, "logits": reference(model, runtime, probe).tolist()}
 
 
 def parity(
-    exported: Callable[[np.ndarray], np.ndarray], model: nn.Module, runtime: Classifier, tolerance: float
+    exported: Callable[[Any], np.ndarray], model: nn.Module, runtime: Classifier, tolerance: float
 ) -> dict[str, Any]:
     """Relative error by batch size, and how far the adapted logits lie from the base's.
 
@@ -48,8 +49,8 @@ def parity(
     """
     errors = {}
     for batch in BATCHES:
-        pixels = random_pixels(batch, batch, runtime.preprocessor["size"]["height"])
-        found, expected = exported(pixels), reference(model, runtime, pixels)
+        sample = runtime.input.sample(batch, batch)
+        found, expected = exported(sample), reference(model, runtime, sample)
         errors[str(batch)] = error = relative_error(found, expected)
         if not error <= tolerance:
             raise ValueError(
@@ -68,15 +69,15 @@ def _distance(model: nn.Module, runtime: Classifier, error: float) -> float | No
     """How far the deltas move the logits: parity would prove nothing of deltas that do not."""
     if not any(plan.hosts or plan.trained for plan in injections(model)):
         return None
-    pixels = random_pixels(BATCHES[-1], BATCHES[-1], runtime.preprocessor["size"]["height"])
+    sample = runtime.input.sample(BATCHES[-1], BATCHES[-1])
     base = cv.remove(copy.deepcopy(model))
-    distance = relative_error(reference(base, runtime, pixels), reference(model, runtime, pixels))
+    distance = relative_error(reference(base, runtime, sample), reference(model, runtime, sample))
     if distance <= 10 * error:
         raise ValueError(f"the adapter moves the logits by {distance:.1e} only, as if untrained; nothing was written")
     return distance
 
 
 @torch.inference_mode()
-def reference(model: nn.Module, runtime: Classifier, pixels: np.ndarray) -> np.ndarray:
-    """PyTorch's logits for the same pixels."""
-    return model(torch.from_numpy(runtime.normalize(pixels))).numpy()
+def reference(model: nn.Module, runtime: Classifier, sample: Any) -> np.ndarray:
+    """PyTorch's logits for the same images or texts."""
+    return answer(model, {name: torch.from_numpy(x) for name, x in runtime.input.feeds(sample).items()}).numpy()

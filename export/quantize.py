@@ -2,7 +2,8 @@
 
 int8          weights of MatMul and Gemm as int8, a scale for each output channel; an activation's scale is taken from
               the values that come by (MatMulInteger), over the whole batch: an image's logits depend a little on the
-              images beside it. No data needed; convolutions stay as they are.
+              images beside it. No data needed; convolutions stay as they are. Tables that are looked up by an input,
+              as a text's tokens are, become int8 too, with one scale.
 int8-static   convolutions too; activations have fixed scales, measured on training images (QuantizeLinear and
               DequantizeLinear around each operator, which the runtime fuses).
 
@@ -43,9 +44,10 @@ def dynamic(proto: onnx.ModelProto) -> onnx.ModelProto:
     plain = copy.deepcopy(proto)
     for slot in slots:
         plain.graph.initializer.remove(slot)  # what is no constant is not quantised
+    kinds = [*DENSE, "Gather"] if tables(proto) else list(DENSE)
     quantised = _written(
         lambda path: quantize_dynamic(
-            plain, path, op_types_to_quantize=list(DENSE), per_channel=True, weight_type=QuantType.QInt8
+            plain, path, op_types_to_quantize=kinds, per_channel=True, weight_type=QuantType.QInt8
         )
     )
     quantised.graph.initializer.extend(slots)
@@ -75,11 +77,18 @@ def static(proto: onnx.ModelProto, images: np.ndarray) -> onnx.ModelProto:
 
 
 def dense_share(proto: onnx.ModelProto) -> float:
-    """Which share of all weights MatMul and Gemm multiply with."""
-    sizes = {i.name: math.prod(i.dims) for i in proto.graph.initializer}
+    """Which share of all weights MatMul and Gemm multiply with; tables, which nothing multiplies with, left out."""
+    sizes = {i.name: math.prod(i.dims) for i in proto.graph.initializer if i.name not in tables(proto)}
     dense = {name for node in proto.graph.node if node.op_type in DENSE for name in node.input}
     found = sum(size for name, size in sizes.items() if name in dense)
     return float(found / max(sum(sizes.values()), 1))
+
+
+def tables(proto: onnx.ModelProto) -> set[str]:
+    """The initializers that an input of the graph looks up rows of."""
+    given, constants = ({each.name for each in part} for part in (proto.graph.input, proto.graph.initializer))
+    looks = [node.input for node in proto.graph.node if node.op_type == "Gather" and node.input[1] in given]
+    return {table for table, _ in looks if table in constants}
 
 
 class _Images(CalibrationDataReader):  # type: ignore[misc]  # onnxruntime is not typed

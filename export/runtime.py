@@ -1,10 +1,12 @@
-"""An exported package in use: numpy, pillow and onnxruntime, never torch.
+"""An exported package in use: numpy and onnxruntime, for images pillow, for texts tokenizers; never torch.
 
 model.onnx                     pixel_values float32 (batch, 3, H, W) -> logits float32 (batch, classes)
+                               or input_ids, attention_mask and perhaps token_type_ids, int64 (batch, length)
 model_int8.onnx, …             variants of it, where they were asked for
 adapters/<task>.onnx_adapter   of a split package: what a task puts into the slots of the base graph
 config.json                    architecture, labels of the first task
-preprocessor_config.json       size, mean, std
+preprocessor_config.json       size, mean, std of images
+tokenizer.json                 of texts, in its place
 manifest.json                  checksums, tasks with labels, parity figures and a probe each, versions
 """
 
@@ -12,20 +14,23 @@ import hashlib
 import json
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnxruntime
-from PIL import Image
 
 from export import session as sessions
 from export.cli import first_line
-from export.images import Picture, decode
-from export.shape import PREPROCESSOR, fits, whole
+from export.shape import whole
+
+if TYPE_CHECKING:
+    from export.images import Picture
+    from export.pixels import Pixels
+    from export.tokens import Text, Tokens
 
 SCHEMA = 2
 TOLERANCE = 1e-4  # largest |difference| / largest |logit|
-BATCH = 64  # images a run; more would only take memory
+BATCH = 64  # images or texts a run; more would only take memory
 
 
 def sha256(path: Path) -> str:
@@ -110,8 +115,23 @@ def graph_of(folder: Path, manifest: Any, variant: str) -> str:
     return graph
 
 
+def input_of(folder: Path, manifest: Any) -> "Pixels | Tokens":
+    """What a package takes: the one object that knows how an image, or a text, becomes the graph's inputs.
+
+    Raises:
+        ValueError: its file, preprocessor_config.json or tokenizer.json, is missing or damaged.
+    """
+    if "input" in manifest:
+        from export.tokens import Tokens
+
+        return Tokens(folder, manifest["input"])
+    from export.pixels import Pixels
+
+    return Pixels(folder, manifest)
+
+
 class Classifier:
-    """A package, loaded: images of any kind in, labels and probabilities out. Threads may share one.
+    """A package, loaded: images of any kind, or texts, in, labels and probabilities out. Threads may share one.
 
     Args:
         folder: what `python -m export` wrote.
@@ -147,12 +167,9 @@ class Classifier:
         check_files(
             self.folder, self.manifest, but={*graphs.values(), *(f"{g}.data" for g in graphs.values())} - {graph, data}
         )
-        self.preprocessor = read_json(self.folder / "preprocessor_config.json")
-        if not fits(self.preprocessor, PREPROCESSOR):
-            raise ValueError(f"{self.folder / 'preprocessor_config.json'} is damaged; export again")
+        self.input = input_of(self.folder, self.manifest)
         identity = [files[name]["sha256"] for name in (graph, data) if name in files]
-        size = self.preprocessor["size"]["height"]
-        self.session = sessions.session(self.folder / graph, identity, size, threads, providers)
+        self.session = sessions.session(self.folder / graph, identity, self.input.zeros(), threads, providers)
         self._adapters = self._load_adapters()
         self._task = self._known(self.tasks[0] if task is None else task)
 
@@ -198,45 +215,50 @@ class Classifier:
         """
         self._task = self._known(task)
 
+    def pixels(self) -> "Pixels":
+        """What the package takes, where that is images.
+
+        Raises:
+            ValueError: it takes texts.
+        """
+        if self.input.kind != "image":
+            raise ValueError(f"{self.folder} takes texts, and this is for images; python -m export.predict takes both")
+        return self.input  # type: ignore[return-value]
+
+    @property
+    def preprocessor(self) -> dict[str, Any]:
+        """preprocessor_config.json of a package of images."""
+        return self.pixels().preprocessor
+
     def normalize(self, pixels: np.ndarray) -> np.ndarray:
         """uint8 (n, H, W, 3) to the graph's input.
 
         Raises:
-            ValueError: another dtype, layout or size.
+            ValueError: another dtype, layout or size; a package of texts.
         """
-        self._check(pixels)
-        mean, std = (np.array(self.preprocessor[key], np.float32) for key in ("image_mean", "image_std"))
-        return ((pixels.astype(np.float32) / 255 - mean) / std).transpose(0, 3, 1, 2)
+        return self.pixels().normalize(pixels)
 
-    def _check(self, pixels: np.ndarray) -> None:
-        size = self.session.get_inputs()[0].shape[2:]  # names, where the graph takes any
-        expected = (*(n if isinstance(n, int) else None for n in size), 3)
-        is_array = isinstance(pixels, np.ndarray)
-        fits = is_array and pixels.dtype == np.uint8 and pixels.ndim == 4 and pixels.size > 0
-        if not fits or any(n not in (None, m) for n, m in zip(expected, pixels.shape[1:], strict=True)):
-            found = f"{pixels.dtype} {pixels.shape}" if is_array else type(pixels).__name__
-            raise ValueError(
-                f"pixels must be uint8 (n, {size[0]}, {size[1]}, 3), and are {found}; Classifier.preprocess makes such"
-            )
-
-    def preprocess(self, image: Picture) -> np.ndarray:
+    def preprocess(self, image: "Picture") -> np.ndarray:
         """One image as uint8 (size, size, 3): upright, RGB, squashed, as in training.
 
         Raises:
-            ValueError, TypeError: what `export.images.decode` refuses.
+            ValueError, TypeError: what `export.images.decode` refuses; a package of texts.
         """
-        size = self.preprocessor["size"]["width"], self.preprocessor["size"]["height"]
-        return np.asarray(decode(image).resize(size, Image.Resampling.BICUBIC))
+        return self.pixels().squashed(image)
 
-    def logits(self, pixels: np.ndarray, task: str | None = None) -> np.ndarray:
-        """Logits (n, classes) of uint8 images (n, H, W, 3), for `task` or else the current one.
+    def logits(self, batch: Any, task: str | None = None) -> np.ndarray:
+        """Logits (n, classes) of uint8 images (n, H, W, 3) or of tokens, for `task` or else the current one.
 
-        Of the variant int8 they depend on the other images too: its scales are of a whole batch.
+        Of the variant int8 they depend on the rest of the batch too: its scales are of the whole.
+
+        Args:
+            batch: as `input.prepare` makes it of images or texts.
+            task: its name.
 
         Raises:
             ValueError: an unknown task; pixels of another dtype, layout or size; a graph that does not run.
         """
-        given, options = {"pixel_values": self.normalize(pixels)}, self.run_options(task)
+        given, options = self.input.feeds(batch), self.run_options(task)
         try:
             logits: np.ndarray = self.session.run(["logits"], given, options)[0]
         except Exception as error:  # onnxruntime raises classes of its own
@@ -259,34 +281,36 @@ class Classifier:
         return options
 
     def predict(
-        self, images: Sequence[Picture], top: int = 5, task: str | None = None
+        self, items: "Sequence[Picture] | Sequence[Text]", top: int = 5, task: str | None = None
     ) -> list[list[tuple[str, float]]]:
-        """The `top` most probable labels of each image, most probable first, for `task` or else the current one.
+        """The `top` most probable labels of each image or text, most probable first; `task`, or else the current one.
 
-        What an image gets depends on no other: dynamic int8, whose scales are of a whole batch, sees one at a time.
+        What an item gets depends on no other: dynamic int8, whose scales are of a whole batch, sees one at a time. A
+        text is read up to the max_length of training (`input.cut` tells which are longer). Where the task is a
+        regression, its one label is "score", and the number the answer.
 
         Raises:
-            ValueError: an unknown task, an image that does not decode, a `top` below 1.
-            TypeError: one image instead of a list.
+            ValueError: an unknown task, an image that does not decode, an empty text, a `top` below 1.
+            TypeError: one item instead of a list, or no image, no text.
         """
         task = self._task if task is None else self._known(task)
-        if isinstance(images, (str, bytes, Path, Image.Image)) or (
-            isinstance(images, np.ndarray) and images.ndim in (2, 3)
-        ):
-            raise TypeError(f"predict takes a list of images, and this is one {type(images).__name__}: write [image]")
+        self.input.check(items)  # type: ignore[arg-type]
         if top < 1:
             raise ValueError(f"top={top} must be at least 1")
         count = 1 if self.variant == "int8" else BATCH
-        pieces = (images[start : start + count] for start in range(0, len(images), count))
+        pieces = (items[start : start + count] for start in range(0, len(items), count))
         return [row for piece in pieces for row in self._rows(piece, top, task)]
 
-    def _rows(self, images: Sequence[Picture], top: int, task: str) -> list[list[tuple[str, float]]]:
-        labels = self.manifest["tasks"][task]["labels"]
-        logits = self.logits(np.stack([self.preprocess(image) for image in images]), task).astype(np.float64)
+    def _rows(self, items: Any, top: int, task: str) -> list[list[tuple[str, float]]]:
+        about = self.manifest["tasks"][task]
+        labels = about["labels"]
+        logits = self.logits(self.input.prepare(items), task).astype(np.float64)
         if logits.shape[1:] != (len(labels),):
             raise ValueError(
                 f"{self.folder}: {task} has logits of {logits.shape}, and {len(labels)} labels; export again"
             )
+        if about.get("regression"):
+            return [[(labels[0], float(value))] for (value,) in logits]
         exponent = np.exp(logits - logits.max(1, keepdims=True))
         probabilities = exponent / exponent.sum(1, keepdims=True)
         best = np.argsort(-probabilities, axis=1)[:, :top]

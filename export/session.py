@@ -5,7 +5,7 @@ An adapter is handed to a run, never to the session, so that calls for different
 
 import threading
 import weakref
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -39,14 +39,18 @@ def providers(asked: Sequence[str] | None = None) -> list[str]:
 
 
 def session(
-    graph: Path, identity: Sequence[str], size: int, threads: int | None, asked: Sequence[str] | None
+    graph: Path,
+    identity: Sequence[str],
+    first: Mapping[str, np.ndarray],
+    threads: int | None,
+    asked: Sequence[str] | None,
 ) -> onnxruntime.InferenceSession:
     """The graph's session, warm; whoever asks for the same bytes with the same settings gets the same one.
 
     Args:
         graph: the .onnx file.
         identity: sha256 of its bytes, and of those of its external data.
-        size: height and width of the image that warms it up.
+        first: inputs that warm it up.
         threads: of ONNX Runtime; None leaves it the choice.
         asked: keys of `PROVIDERS`; None takes the best that there is.
 
@@ -58,7 +62,7 @@ def session(
     with _opening:
         found = _sessions.get(key)
         if found is None:
-            found = _sessions[key] = _open(graph, size, threads, wanted)
+            found = _sessions[key] = _open(graph, first, threads, wanted)
     silent = [name for name in wanted if asked is not None and name not in found.get_providers()]
     if silent:
         raise ValueError(f"{silent[0]} does not start on this machine; name another provider, or install its libraries")
@@ -73,7 +77,9 @@ def plain(graph: Path | bytes) -> onnxruntime.InferenceSession:
     return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
 
-def _open(graph: Path, size: int, threads: int | None, wanted: list[str]) -> onnxruntime.InferenceSession:
+def _open(
+    graph: Path, first: Mapping[str, np.ndarray], threads: int | None, wanted: list[str]
+) -> onnxruntime.InferenceSession:
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3  # it warns of every slot
     options.add_session_config_entry("session.x64quantprecision", "1")  # int8 sums overflow on x86 without VNNI
@@ -81,7 +87,7 @@ def _open(graph: Path, size: int, threads: int | None, wanted: list[str]) -> onn
         options.intra_op_num_threads = threads
     try:
         opened = onnxruntime.InferenceSession(str(graph), options, providers=wanted)
-        opened.run(None, {"pixel_values": np.zeros((1, 3, size, size), np.float32)})  # the first run is slow
+        opened.run(None, dict(first))  # the first run is slow
     except Exception as error:  # onnxruntime raises classes of its own
         raise ValueError(f"{graph} does not load ({first_line(error)}); export again") from error
     return opened

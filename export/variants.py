@@ -5,24 +5,29 @@ is written into the manifest. The test split is never touched.
 """
 
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx
 
-from export import splits
+from export import splits, tokens
 from export.half import Watch, half
-from export.package import Source, write_manifest
+from export.package import write_manifest
 from export.preprocess import with_preprocessing
 from export.quantize import dynamic, static
-from export.runtime import Classifier, random_pixels, read_json
+from export.runtime import Classifier, random_pixels, read_json, relative_error
+from export.source import Source
 from export.store import load, save
+from export.text_source import TextSource
 from export.wanted import Wanted
 
 if TYPE_CHECKING:
     from export.splits import Data
+    from export.tokens import Text
+
+    Inputs = Data | list[Text] | None  # what there is of a task to measure on
 
 FILES = {
     "int8": "model_int8.onnx",
@@ -36,7 +41,12 @@ KINDS = {  # of those that compute with other numbers
     "float16": "float16 weights and arithmetic, float32 inputs and outputs",
 }
 WATCHED = 8  # images whose values must stay in float16's range
-RANDOM = {"seed": 20240702, "images": 64}  # pixels to compare on where there are no images
+SEED, SAMPLES = 20240702, 64  # of random inputs to compare on where there are no images and no texts
+COMPARED = {
+    "agreement_on_random_pixels": "images of random pixels",
+    "agreement_on_random_tokens": "texts, every second one of random tokens (--data-root FILE: of yours)",
+    "agreement_on_texts": "texts",
+}
 
 
 def add_variants(sources: dict[str, Source], folder: Path, manifest: dict[str, Any], wanted: Wanted) -> None:
@@ -71,8 +81,20 @@ def add_variants(sources: dict[str, Source], folder: Path, manifest: dict[str, A
     write_manifest(folder, manifest)
 
 
-def _data(task: str, source: Source, wanted: Wanted) -> "Data | None":
-    """The run's images; None, with the reason on stderr, where they do not open and nothing depends on them."""
+def check(source: Source, wanted: Wanted) -> None:
+    """Raise ValueError for a variant that there is for images only, before anything is traced."""
+    flags = {"int8-static": "--quantize int8-static", "float16": "--half", "preprocess": "--preprocess"}
+    if unfit := [name for name in wanted.names if name not in source.variants]:
+        raise ValueError(f"{flags[unfit[0]]} is for images, and {source.path} is of texts; they take --quantize int8")
+
+
+def _data(task: str, source: Source, wanted: Wanted) -> "Inputs":
+    """The run's images; None, with the reason on stderr, where they do not open and nothing depends on them.
+
+    Of a run on texts those in the file that --data-root names.
+    """
+    if isinstance(source, TextSource):
+        return tokens.read(wanted.data_root, source.inputs["pair"]) if wanted.data_root else None
     run, given = splits.settings(source.path), wanted.data_root is not None
     needed = given or "int8-static" in wanted.names
     if not set(wanted.names) & KINDS.keys() or not (run or needed):
@@ -91,14 +113,14 @@ def _data(task: str, source: Source, wanted: Wanted) -> "Data | None":
         return None
 
 
-def _made(name: str, proto: onnx.ModelProto, folder: Path, data: "Data | None", wanted: Wanted) -> onnx.ModelProto:
+def _made(name: str, proto: onnx.ModelProto, folder: Path, data: "Inputs", wanted: Wanted) -> onnx.ModelProto:
     if name == "int8":
         return dynamic(proto)
     if name == "float16":
         return half(proto)
     if name == "preprocess":
         return with_preprocessing(proto, read_json(folder / "preprocessor_config.json"))
-    assert data is not None
+    assert not isinstance(data, list | None)
     return static(proto, calibration(Classifier(folder), data, wanted))
 
 
@@ -109,7 +131,7 @@ def calibration(runtime: Classifier, data: "Data", wanted: Wanted) -> np.ndarray
     return runtime.normalize(split.decode(runtime.preprocessor["size"]["height"])[np.sort(drawn)])
 
 
-def _refuse_overflow(proto: onnx.ModelProto, runtime: Classifier, data: "dict[str, Data | None]") -> None:
+def _refuse_overflow(proto: onnx.ModelProto, runtime: Classifier, data: "dict[str, Inputs]") -> None:
     """Raise ValueError if a value of the graph leaves float16's range on some of the images that there are."""
     watch, size = Watch(proto), runtime.preprocessor["size"]["height"]
     for task, images in data.items():
@@ -128,7 +150,7 @@ def _save(proto: onnx.ModelProto, path: Path, like: onnx.ModelProto) -> None:
 
 
 def _measured(
-    name: str, folder: Path, sources: dict[str, Source], data: "dict[str, Data | None]", wanted: Wanted
+    name: str, folder: Path, sources: dict[str, Source], data: "dict[str, Inputs]", wanted: Wanted
 ) -> dict[str, Any]:
     """What the manifest says of a variant that computes with other numbers."""
     size = sum(path.stat().st_size for path in folder.glob(f"{FILES[name]}*"))
@@ -149,44 +171,53 @@ def _measured(
     return about | (next(iter(found.values())) if len(found) == 1 else {"tasks": found})
 
 
-def compared(float32: Classifier, variant: Classifier, data: "Data | None", task: str) -> dict[str, Any]:
-    """Top-1 of both on the validation images; without images, how often both agree on random pixels.
+def compared(float32: Classifier, variant: Classifier, data: "Inputs", task: str) -> dict[str, Any]:
+    """Top-1 of both on the validation images; without labels, how often both agree: on texts, or on random inputs.
 
     Raises:
         ValueError: logits that are not finite.
     """
-    size = float32.preprocessor["size"]["height"]
-    if data is None:
-        pixels = random_pixels(RANDOM["seed"], RANDOM["images"], size)
-        first, second = (top1(runtime, _pieces(pixels), task) for runtime in (float32, variant))
-        return {"agreement_on_random_pixels": {**RANDOM, "top1": _percent(first == second)}}
-    split = data.splits["val"]
+    if data is None or isinstance(data, list):
+        return _agreement(float32, variant, data, task)
+    size, split = float32.pixels().size[0], data.splits["val"]
     batches = [(pixels for pixels, _ in split.batches(size, splits.BATCH)) for _ in range(2)]
-    first, second = (top1(*each, task) for each in zip((float32, variant), batches, strict=True))
+    first, second = (logits(*each, task).argmax(1) for each in zip((float32, variant), batches, strict=True))
     right = {"float32": _percent(first == split.labels), "quantized": _percent(second == split.labels)}
     return {"validation": {"images": len(split), **right, "agreement": _percent(first == second)}}
 
 
-def _pieces(pixels: np.ndarray) -> Iterator[np.ndarray]:
-    return (pixels[start : start + splits.BATCH] for start in range(0, len(pixels), splits.BATCH))
+def _agreement(float32: Classifier, variant: Classifier, texts: "list[Text] | None", task: str) -> dict[str, Any]:
+    """On these texts, or on random inputs; of a regression the largest difference over the largest answer."""
+    taken = float32.input
+    if texts is not None:
+        about: dict[str, Any] = {"texts": len(texts)}
+        name, batches = "texts", [(taken.prepare([text]) for text in texts) for _ in range(2)]
+    else:
+        about = {"seed": SEED, f"{taken.kind}s": SAMPLES}
+        name, batches = f"random_{taken.unit}", [taken.each(SEED, SAMPLES) for _ in range(2)]
+    first, second = (logits(*each, task) for each in zip((float32, variant), batches, strict=True))
+    same = {"top1": _percent(first.argmax(1) == second.argmax(1))}
+    if first.shape[1] == 1:
+        same = {"relative_error": relative_error(second, first)}
+    return {f"agreement_on_{name}": about | same}
 
 
 def _percent(hits: np.ndarray) -> float:
     return 100 * float(hits.mean())
 
 
-def top1(runtime: Classifier, batches: Iterable[np.ndarray], task: str) -> np.ndarray:
-    """The most probable class of every image.
+def logits(runtime: Classifier, batches: Iterable[Any], task: str) -> np.ndarray:
+    """Of every image or text.
 
     Raises:
         ValueError: logits that are not finite.
     """
     found = []
-    for pixels in batches:
-        logits = runtime.logits(pixels, task)
-        if not np.isfinite(logits).all():
+    for batch in batches:
+        answer = runtime.logits(batch, task)
+        if not np.isfinite(answer).all():
             raise ValueError(f"the {runtime.variant} graph gives logits that are not finite; leave that variant out")
-        found.append(logits.argmax(1))
+        found.append(answer)
     return np.concatenate(found)
 
 
@@ -201,6 +232,10 @@ def said(name: str, share: float, size: int, task: str, figures: dict[str, Any])
         cost = f"{found['float32']:.1f} % -> {found['quantized']:.1f} % of {found['images']} validation images"
         cost += " (the run trained on them)" if found.get("seen_in_training") else ""
     else:
-        found = figures["agreement_on_random_pixels"]
-        cost = f"float32's top-1 on {found['top1']:.1f} % of {found['images']} images of random pixels"
+        ((key, found),) = figures.items()
+        of = f"{found.get('images') or found['texts']} {COMPARED[key]}"
+        if "top1" in found:
+            cost = f"float32's top-1 on {found['top1']:.1f} % of {of}"
+        else:
+            cost = f"within {found['relative_error']:.1e} of float32's largest answer on {of}"
     return f"{name}: {size / 1e6:.1f} MB, {share:.2f} of float32; {task}: {cost}"

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from export import cli
-from export.runtime import Classifier, check_files, random_pixels, read_manifest, relative_error
+from export.runtime import Classifier, check_files, read_manifest, relative_error
 
 RUN = {".onnx", ".data", ".onnx_adapter"}  # what a runtime may load
 
@@ -46,10 +46,9 @@ def _check_owners(folder: Path, manifest: Any) -> None:
 
 
 def _logits(classifier: Classifier, name: str) -> np.ndarray:
-    """Of a task's probe images."""
+    """Of a task's probe."""
     probe = classifier.manifest["tasks"][name]["probe"]
-    pixels = random_pixels(probe["seed"], probe["count"], classifier.preprocessor["size"]["height"])
-    return classifier.logits(pixels, name)
+    return classifier.logits(classifier.input.sample(probe["seed"], probe["count"]), name)
 
 
 def _state(folder: Path, variant: str) -> str:

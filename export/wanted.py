@@ -19,7 +19,7 @@ class Wanted:
     names: of int8, int8-static, float16, preprocess
     calibration_images: training images that int8-static measures its scales on
     calibration_seed: which ones
-    data_root: the task's images, where they are no longer where the run had them
+    data_root: the task's images, where they are no longer where the run had them; of a task on texts a file of them
     """
 
     names: tuple[str, ...] = ()
@@ -66,5 +66,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--calibration-images", type=int, metavar="N", help="images for int8-static (default: 128)")
     group.add_argument("--calibration-seed", type=int, metavar="N", help="which images (default: 0)")
     group.add_argument(
-        "--data-root", type=Path, metavar="PATH", help="the task's images, if no longer where the run had them"
+        "--data-root",
+        type=Path,
+        metavar="PATH",
+        help="the task's images, if no longer where the run had them; of texts a file with one a line",
     )

@@ -12,6 +12,8 @@ RUNNING = {
     "export/runtime.py",
     "export/session.py",
     "export/shape.py",
+    "export/pixels.py",
+    "export/tokens.py",
     "export/predict.py",
     "export/verify.py",
     "export/cli.py",

@@ -18,7 +18,7 @@ from safetensors.numpy import save_file
 import capavision as cv
 from export import __main__ as export_command
 from export import cli, predict, verify
-from export import package as package_module
+from export import source as source_module
 from export.graph import folded, to_onnx
 from export.package import Source, build
 from export.runtime import Classifier, random_pixels, relative_error, sha256
@@ -190,7 +190,7 @@ def test_a_file_from_anyone_is_refused_in_one_line(tmp_path, capsys):
 
 
 def test_a_folder_that_cannot_be_made_is_told_before_anything_is_traced(merged, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(package_module, "to_onnx", lambda *args, **kwargs: pytest.fail("minutes were lost"))
+    monkeypatch.setattr(source_module, "to_onnx", lambda *args, **kwargs: pytest.fail("minutes were lost"))
     (tmp_path / "file").touch()
     assert "file" in refused(capsys, export_command.main, merged[0], "--out", tmp_path / "file" / "package")
 

@@ -366,8 +366,8 @@ def test_many_images_are_predicted_in_bounded_batches_and_one_is_no_list(package
     expected = runtime.predict(list(pixels))
     sizes = []
     monkeypatch.setattr("export.runtime.BATCH", 2)
-    normalize = runtime.normalize
-    monkeypatch.setattr(runtime, "normalize", lambda given: sizes.append(len(given)) or normalize(given))
+    normalize = runtime.input.normalize
+    monkeypatch.setattr(runtime.input, "normalize", lambda given: sizes.append(len(given)) or normalize(given))
     for found, wanted in zip(runtime.predict(pixels), expected, strict=True):
         assert [label for label, _ in found] == [label for label, _ in wanted]
         assert [p for _, p in found] == pytest.approx([p for _, p in wanted], abs=1e-6)
@@ -431,7 +431,7 @@ def test_bench_sets_every_graph_beside_the_base_and_pytorch(package, run, tmp_pa
     assert result["graphs"]["base"]["nodes"] == result["graphs"]["float32"]["nodes"]
     for row in result["rows"]:
         assert 0 < row["p50_ms"] <= row["p95_ms"]
-        assert row["images_per_second"] == pytest.approx(1000 * row["batch"] / row["p50_ms"])
+        assert row["per_second"] == pytest.approx(1000 * row["batch"] / row["p50_ms"])
         low, high = row["ratio"]["interval95"]
         assert low <= row["ratio"]["median"] <= high
     assert {"cpu", "cores", "onnxruntime", "torch"} <= result["machine"].keys()

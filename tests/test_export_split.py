@@ -498,8 +498,8 @@ def test_many_images_take_no_more_memory_than_a_batch(package, monkeypatch):
     runtime, images = Classifier(package), list(random_pixels(1, 10, 32))
     one_by_one = [runtime.predict([image])[0] for image in images]
     sizes = []
-    normalize = runtime.normalize
-    monkeypatch.setattr(runtime, "normalize", lambda pixels: sizes.append(len(pixels)) or normalize(pixels))
+    normalize = runtime.input.normalize
+    monkeypatch.setattr(runtime.input, "normalize", lambda pixels: sizes.append(len(pixels)) or normalize(pixels))
     monkeypatch.setattr("export.runtime.BATCH", 4)
     found = runtime.predict(images)
     assert sizes == [4, 4, 2]

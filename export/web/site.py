@@ -44,6 +44,7 @@ def build(package: Path, out: Path, *, variant: str = "float32", runtime: Path |
     """
     refuse_existing(out)
     classifier = Classifier(package, variant=variant)  # which compares the checksums
+    classifier.pixels()  # or it is refused
     with new_folder(out) as work:
         _copy_page(work)
         npm.unpack(work / "ort", runtime)
