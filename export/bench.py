@@ -240,17 +240,17 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
 
 
 def _peer(graph: Path, ours: Path) -> Path:
-    """`graph`, if it takes what the package's own takes."""
+    """`graph`, if its first input is the package's own; some name the texts of a pair besides."""
     if not graph.is_file():
         raise ValueError(f"there is no file {graph}")
     try:
-        theirs = opened(graph, 1).get_inputs()
+        theirs = opened(graph, 1).get_inputs()[0]
     except Exception as error:  # onnxruntime raises classes of its own
         raise ValueError(f"{graph} does not load ({cli.first_line(error)})") from error
-    told, wanted = (sorted(f"{i.name} {i.type}" for i in each) for each in (theirs, opened(ours, 1).get_inputs()))
-    if told != wanted:
+    own = opened(ours, 1).get_inputs()[0]
+    if (theirs.name, theirs.type) != (own.name, own.type):
         raise ValueError(
-            f"{graph} takes {', '.join(told)}, the package {', '.join(wanted)}; export it with the same inputs"
+            f"{graph} takes {theirs.name}, {theirs.type}, the package {own.name}, {own.type}; export it with that input"
         )
     return graph
 

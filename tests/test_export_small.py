@@ -484,7 +484,7 @@ def test_bench_takes_another_programs_graph_of_the_same_inputs(package, tmp_path
         node.input[:] = ["pixels" if name == "pixel_values" else name for name in node.input]
     onnx.save(graph, tmp_path / "theirs.onnx")
     said = refused(capsys, bench.main, package, *quick, tmp_path / "theirs.onnx")
-    assert "theirs.onnx takes pixels tensor(float), the package pixel_values tensor(float); export it" in said
+    assert "theirs.onnx takes pixels, tensor(float), the package pixel_values, tensor(float); export it" in said
     (tmp_path / "theirs.onnx").write_bytes(b"junk")
     assert "theirs.onnx does not load" in refused(capsys, bench.main, package, *quick, tmp_path / "theirs.onnx")
     assert "there is no file nowhere.onnx" in refused(capsys, bench.main, package, *quick, "nowhere.onnx")
