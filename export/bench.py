@@ -220,6 +220,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     manifest = read_manifest(args.package)
     check_files(args.package, manifest)
     graphs = {name: args.package / file for name, file in manifest["graphs"].items()}
+    if args.beside:
+        graphs["beside"] = _peer(args.beside, graphs["float32"])
     source = _source(args.run, manifest, args.package) if args.run else None
     adapter = _adapter(args.package, manifest, source)
     with tempfile.TemporaryDirectory() as folder:
@@ -235,6 +237,22 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     if args.json:
         cli.write_json(args.json, result)
     return result
+
+
+def _peer(graph: Path, ours: Path) -> Path:
+    """`graph`, if its first input is the package's own; some name the texts of a pair besides."""
+    if not graph.is_file():
+        raise ValueError(f"there is no file {graph}")
+    try:
+        theirs = opened(graph, 1).get_inputs()[0]
+    except Exception as error:  # onnxruntime raises classes of its own
+        raise ValueError(f"{graph} does not load ({cli.first_line(error)})") from error
+    own = opened(ours, 1).get_inputs()[0]
+    if (theirs.name, theirs.type) != (own.name, own.type):
+        raise ValueError(
+            f"{graph} takes {theirs.name}, {theirs.type}, the package {own.name}, {own.type}; export it with that input"
+        )
+    return graph
 
 
 def _source(run: Path, manifest: dict[str, Any], package: Path) -> "Source":
@@ -273,6 +291,12 @@ def _parser() -> cli.Parser:
     )
     parser.add_argument("--rounds", type=int, default=50, metavar="N", help="timed rounds (default: 50)")
     parser.add_argument("--tokens", type=int, default=TOKENS, metavar="N", help=f"of a text (default: {TOKENS})")
+    parser.add_argument(
+        "--beside",
+        type=Path,
+        metavar="FILE.onnx",
+        help="another program's graph with the same inputs, such as optimum's",
+    )
     parser.add_argument("--compile", action="store_true", help="PyTorch's torch.compile too; takes minutes")
     parser.add_argument(
         "--no-memory", dest="memory", action="store_false", help="leave out peak memory, which takes a process each"

@@ -473,6 +473,23 @@ def test_bench_keeps_its_times_where_memory_cannot_be_measured(package, monkeypa
     assert "does not run by itself (killed)" in capsys.readouterr().err
 
 
+def test_bench_takes_another_programs_graph_of_the_same_inputs(package, tmp_path, capsys):
+    graph, quick = onnx.load(package / "model.onnx"), ["--rounds", "2", "--threads", "1", "--no-memory", "--beside"]
+    onnx.save(graph, tmp_path / "theirs.onnx")
+    result = bench.main([str(package), *quick, str(tmp_path / "theirs.onnx")])
+    assert [row["name"] for row in result["rows"]][-1] == "beside"
+    assert result["graphs"]["beside"]["nodes"] == len(graph.graph.node)
+    graph.graph.input[0].name = "pixels"
+    for node in graph.graph.node:
+        node.input[:] = ["pixels" if name == "pixel_values" else name for name in node.input]
+    onnx.save(graph, tmp_path / "theirs.onnx")
+    said = refused(capsys, bench.main, package, *quick, tmp_path / "theirs.onnx")
+    assert "theirs.onnx takes pixels, tensor(float), the package pixel_values, tensor(float); export it" in said
+    (tmp_path / "theirs.onnx").write_bytes(b"junk")
+    assert "theirs.onnx does not load" in refused(capsys, bench.main, package, *quick, tmp_path / "theirs.onnx")
+    assert "there is no file nowhere.onnx" in refused(capsys, bench.main, package, *quick, "nowhere.onnx")
+
+
 def test_bench_without_a_run_compares_with_float32(package, capsys):
     result = bench.main([str(package), "--rounds", "2", "--threads", "1", "--no-memory"])
     assert result["rows"][0]["name"] == "float32"
