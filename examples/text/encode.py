@@ -72,7 +72,7 @@ def encode(tokenizer: Any, texts: Texts, max_length: int, device: torch.device) 
     """The texts as tokens on `device`; of pairs the longer text is cut first.
 
     Raises:
-        ValueError: max_length has no room for a token of each text.
+        ValueError: max_length has no room for a token of each text; a text without a token.
     """
     needed = tokenizer.num_special_tokens_to_add(pair=texts.second is not None) + (2 if texts.second is not None else 1)
     if max_length < needed:
@@ -81,6 +81,8 @@ def encode(tokenizer: Any, texts: Texts, max_length: int, device: torch.device) 
         list(texts.first), texts.second and list(texts.second), truncation=True, max_length=max_length, padding=False
     )
     sizes = torch.tensor([len(row) for row in found["input_ids"]])
+    if not sizes.all():
+        raise ValueError(f"the tokenizer makes no token of {texts.first[int(sizes.argmin())][:60]!r}; remove the text")
     ids = padded(found["input_ids"], tokenizer.pad_token_id, device)
     named = "token_type_ids" in tokenizer.model_input_names and "token_type_ids" in found
     types = padded(found["token_type_ids"], tokenizer.pad_token_type_id, device) if named else None
