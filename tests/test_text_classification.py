@@ -842,6 +842,15 @@ def test_a_decoders_answer_depends_on_no_padding(pad, reviews, command, tmp_path
     torch.testing.assert_close(together, alone)
 
 
+def test_a_model_that_reads_its_answer_at_the_end_of_the_text_trains(command, tmp_path):
+    """BART wants an end token in every text, as its tokenizer makes it."""
+    parts = {f"{part}_{what}": size for part in ("encoder", "decoder")
+             for what, size in (("layers", 1), ("attention_heads", 4), ("ffn_dim", 64))}  # fmt: skip
+    sizes = {"d_model": 32, "bos_token_id": 2, "eos_token_id": 3, **parts}
+    folder = write_model(tmp_path / "bart", "BartConfig", "BartModel", sizes)
+    assert run([*command, "--model", str(folder)], tmp_path, "--name", "a")["images"] == 60
+
+
 def test_a_binary_vocabulary_is_kept_beside_the_adapter(command, tmp_path, monkeypatch):
     original = transformers.PreTrainedTokenizerFast.save_pretrained
 

@@ -105,8 +105,9 @@ def adapt(config: TextTraining, text: dict[str, Any], tokenizer: Any, some: Enco
     if model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id
     check_vocabulary(config.model, tokenizer, some, model.get_input_embeddings().num_embeddings)
-    longest = {"input_ids": torch.full((1, config.max_length), int(some.ids[0, 0]))}
-    try_batch(model, longest, config.model)
+    row = some.ids[0, : some.sizes[0]].long()  # drawn out at its start: the end of a text tells some models where it is
+    longest = torch.cat([row[:1].expand(config.max_length - len(row)), row])
+    try_batch(model, {"input_ids": longest[None]}, config.model)
     example = some.inputs(some.batches(torch.arange(min(2, len(some))), 2)[0])
     base = digest(model)
     report = cv.inject(model, config.method, config.patterns, config.parts, seed=config.seed, example=example)
