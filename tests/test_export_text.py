@@ -272,6 +272,19 @@ def test_a_foreign_or_damaged_tokenizer_is_refused_though_its_checksum_fits(copi
     assert "manifest.json is damaged" in refused(capsys, predict.main, copied, "--text", "a")
 
 
+def test_a_tokenizer_whose_pattern_searches_without_end_is_one_line(copied, capfd):
+    made = json.loads((copied / "tokenizer.json").read_text())
+    made["pre_tokenizer"] = {
+        "type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated", "invert": False,
+    }  # fmt: skip
+    (copied / "tokenizer.json").write_text(json.dumps(made))
+    forged(copied)
+    with pytest.raises(SystemExit) as stop:
+        cli.run(lambda: predict.main([str(copied), "--text", "a" * 2000 + "b"]))
+    assert stop.value.code == 2
+    assert "tokenizer.json fails at these texts" in capfd.readouterr().err.splitlines()[-1]  # behind tokenizers' own
+
+
 @pytest.mark.parametrize(
     "change",
     [
