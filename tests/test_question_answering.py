@@ -710,6 +710,14 @@ def test_a_head_of_three_classes_is_replaced_by_start_and_end(place, tmp_path):
     assert result["head_parameters"] == 2 * 32 + 2
 
 
+def test_logits_that_are_not_finite_are_no_answer(place, mini):
+    model = build({"text": {"model": str(place / "encoder"), "architecture": "BertForQuestionAnswering"}}, place)
+    model.qa_outputs.bias.data.fill_(torch.nan)
+    cut = windows.cut(mini, questions.wordpiece(), 48, 16)
+    with pytest.raises(ValueError, match="logits are not finite"):
+        qa_loop.predict(model, qa_loop.encode(cut, questions.wordpiece(), torch.device("cpu"))[0])
+
+
 def test_a_windows_loss_and_logits_do_not_depend_on_its_padding(place, mini):
     text = {"model": str(place / "encoder"), "architecture": "BertForQuestionAnswering"}
     model, tokenizer = build({"text": text}, place), questions.wordpiece()

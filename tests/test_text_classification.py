@@ -648,6 +648,15 @@ def test_the_table_of_recipes_names_each_with_its_source(capsys, monkeypatch):
     assert all(f"| {recipe.name} |" in said and recipe.source in said for recipe in RECIPES.values())
 
 
+def test_a_recipe_says_on_which_texts_its_authors_chose_and_reported():
+    same = {name for name, recipe in RECIPES.items() if recipe.reported.endswith("by that split")}
+    half = {name for name, recipe in RECIPES.items() if "one half" in recipe.reported}
+    assert same == {"capaboost-lora-deberta-rte", "capaboost-lora-deberta-qnli"}  # of run_glue_no_test.py
+    assert half == {
+        "capaboost-adapter-roberta-rte", *(f"capaboost-lora-roberta-{task}" for task in ("cola", "mrpc", "stsb", "rte"))
+    }  # fmt: skip
+
+
 def test_ranks_and_scales_of_the_recipes():
     found = {name: text_classification.COMMAND.parse(["--recipe", name]).method for name in RECIPES}
     assert found["capaboost-lora-deberta-rte"] == cv.LoRA(rank=8, alpha=16.0, branches=2)

@@ -15,6 +15,7 @@ from vtab.loop import Loop
 
 EVALUATED = 128  # texts a batch
 POOL = 8  # batches
+NOT_FINITE = "the model's logits are not finite; a lower --lr helps most, then --precision float32"
 
 
 @dataclass
@@ -69,5 +70,5 @@ def predict(model: nn.Module, texts: Encoded, precision: str = "auto") -> Tensor
             parts.append(model(**texts.inputs(batch)).logits.float())
     logits = torch.cat(parts)[order.argsort().to(texts.device)]
     if not logits.isfinite().all():
-        raise ValueError("the model's logits are not finite; a lower --lr helps most, then --precision float32")
+        raise ValueError(NOT_FINITE)
     return logits
