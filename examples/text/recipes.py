@@ -4,8 +4,8 @@
     python -m examples.text_classification --recipe capaboost-lora-deberta-rte      other flags override it
 
 Source: LINs-lab/CapaBoost, scripts/, commit a0d9963; CapaBoost, arXiv 2407.01320. A recipe sets how to train, never how
-to test. Those scripts keep the epoch that is best on texts they hold out: run_glue_no_test.py on GLUE's validation split,
-the one it reports; run_glue.py on a part that it does not report.
+to test. The scripts keep the epoch that is best on held-out texts: those of run_glue_no_test.py on GLUE's validation
+split, which they report; those of run_glue.py on texts that they do not report.
 """
 
 from typing import Any
