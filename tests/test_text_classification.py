@@ -693,6 +693,7 @@ REFUSED = {
     "tune and test": (["--stage", "tune", "--test-limit", "5"], "--test-limit has no use with --stage tune"),
     "target": (["--targets", "qkw"], "no module matches 'qkw'"),
     "model": (["--model", "no/such-model"], "the model 'no/such-model' is no folder here"),
+    "test file of others": (["--data", "glue/rte", "--test-data", "a.csv"], "--test-data is for a file of your own"),
     "one column twice": (
         ["--text-pair-column", "review"],
         "the columns review, review, verdict of text and label must",
@@ -776,6 +777,27 @@ def test_a_text_without_a_token_is_named(tmp_path):
     texts = data.Texts(["w1", "\x85"], None, np.array([0, 1]))
     with pytest.raises(ValueError, match=r"makes no token of '\\x85'"):
         encode.encode(tokenizer, texts, 16, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("pair", [False, True])
+def test_many_texts_are_tokenized_in_pieces_to_the_same_tokens(pair, bert, monkeypatch):
+    rng, tokenizer = random.Random(0), load_tokenizer(str(bert))
+    first, second = ([sentence(rng, longest=20) for _ in range(10)] for _ in range(2))
+    texts = data.Texts(first, second if pair else None, np.zeros(10, int))
+    whole = encode.encode(tokenizer, texts, 12, torch.device("cpu"))
+    asked, original = [], type(tokenizer).__call__
+    monkeypatch.setattr(
+        type(tokenizer),
+        "__call__",
+        lambda self, one, *more, **how: asked.append(len(one)) or original(self, one, *more, **how),
+    )
+    monkeypatch.setattr(encode, "CHUNK", 4)
+    pieces = encode.encode(tokenizer, texts, 12, torch.device("cpu"))
+    assert asked == [4, 4, 2]
+    assert 0 < whole.cut == pieces.cut
+    assert torch.equal(whole.ids, pieces.ids)
+    assert torch.equal(whole.types, pieces.types)
+    assert torch.equal(whole.sizes, pieces.sizes)
 
 
 def test_logits_that_are_not_finite_are_no_class(bert, tmp_path):
