@@ -35,7 +35,8 @@ GRID = dict.fromkeys(ARMS, (3e-4, 1e-3, 3e-3)) | {"head": (1e-3, 3e-3, 1e-2), "f
 
 def train(name: str, options: argparse.Namespace, flags: Sequence[str]) -> dict[str, Any]:
     """One run, or what it came to before."""
-    argv = [*TASK, "--epochs", str(options.epochs), *flags, "--out", str(options.out), "--name", name, *options.rest]
+    # The arm's own flags last: no other may change what is compared, or --stage tune
+    argv = [*TASK, "--epochs", str(options.epochs), *options.rest, *flags, "--out", str(options.out), "--name", name]
     return text_classification.main(argv)
 
 

@@ -97,7 +97,16 @@ def _told(error: BaseException) -> str:
     """The line; nothing where the traceback is to be seen."""
     if os.environ.get("CAPAVISION_TRACEBACK"):
         return ""
-    return absent(error) if isinstance(error, ModuleNotFoundError) else " ".join(str(error).split())
+    return absent(error) if isinstance(error, ModuleNotFoundError) else printable(" ".join(str(error).split()))
+
+
+def printable(text: str) -> str:
+    r"""The text without characters that steer a terminal, as those of a stranger's file may: they stand as escapes.
+
+    >>> print(printable("a\x1b[2Jb"))
+    a\x1b[2Jb
+    """
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def _refuse(told: str) -> NoReturn:

@@ -31,7 +31,7 @@ def main(argv: list[str] | None = None) -> list[list[tuple[str, float]]]:
     regression = classifier.manifest["tasks"][classifier.task].get("regression")
     for item, labels in zip(items, found, strict=True):
         told = (f"{label} {p:.3f}" if regression else f"{label} {100 * p:.1f} %" for label, p in labels)
-        print(f"{classifier.input.shown(item)}  {task}" + "  ".join(told))
+        print(cli.printable(f"{classifier.input.shown(item)}  {task}" + "  ".join(told)))
     return found
 
 

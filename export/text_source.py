@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import onnx
 import torch
 from torch import Tensor, nn
@@ -17,7 +18,7 @@ from export.graph import answer, traced
 from export.names import rename
 from export.runtime import Classifier, relative_error
 from export.source import Source
-from export.text import build, checked, quiet
+from export.text import CODELESS, build, checked, quiet
 
 TOKENIZER_CONFIG = "tokenizer_config.json"  # what transformers knows of a tokenizer beside tokenizer.json
 SEED, BATCH = 0, 5  # of the rows whose answers padding must not change
@@ -137,7 +138,7 @@ class TextSource(Source):
         """
         together = runtime.logits(runtime.input.sample(SEED, BATCH))
         alone = [runtime.logits(row)[0] for row in runtime.input.each(SEED, BATCH)]
-        error = max(relative_error(one, row) for one, row in zip(alone, together, strict=True))
+        error = float(np.max([relative_error(one, row) for one, row in zip(alone, together, strict=True)]))  # or NaN
         if not error <= tolerance:
             raise ValueError(
                 f"padding changes a text's answer by {error:.1e} of the largest logit, above {tolerance:g}: "
@@ -194,7 +195,7 @@ def _told(made: tokens.Tokens, folder: Path) -> bool:
     from transformers import AutoTokenizer
 
     with quiet(str(folder)):
-        theirs = AutoTokenizer.from_pretrained(folder)
+        theirs = AutoTokenizer.from_pretrained(folder, **CODELESS)
     texts = [*tokens.SENTENCES, " ".join(tokens.SENTENCES * 20)]
     pairs = [texts, texts[1:] + texts[:1]] if made.pair else [texts]
     expected = theirs(*pairs, truncation=True, max_length=made.length)

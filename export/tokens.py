@@ -15,7 +15,7 @@ import numpy as np
 from export.cli import first_line
 
 if TYPE_CHECKING:
-    from tokenizers import Tokenizer
+    from tokenizers import Encoding, Tokenizer
 
 FILE = "tokenizer.json"
 IDS, MASK, TYPES = "input_ids", "attention_mask", "token_type_ids"
@@ -96,7 +96,8 @@ class Tokens:
 
     def __init__(self, folder: Path, about: Mapping[str, Any]) -> None:
         self.about, self.length, self.pair = about, int(about["max_length"]), bool(about["pair"])
-        self.tokenizer = opened(folder / FILE, about["vocabulary"])
+        self.file = folder / FILE
+        self.tokenizer = opened(self.file, about["vocabulary"])
         self.tokenizer.enable_truncation(self.length)
         self.tokenizer.no_padding()
 
@@ -141,7 +142,7 @@ class Tokens:
 
     def cut(self, texts: Sequence[Text]) -> list[int]:
         """Which of the texts are longer than max_length tokens, so that their end is not read."""
-        return [i for i, found in enumerate(self.tokenizer.encode_batch(list(texts))) if found.overflowing]
+        return [i for i, found in enumerate(self._made(texts)) if found.overflowing]
 
     def shown(self, text: Text) -> str:
         """A text, or both of a pair, on one line that is not too long."""
@@ -160,7 +161,17 @@ class Tokens:
         return batch
 
     def _encoded(self, texts: Sequence[Text]) -> list[Row]:
-        return [(found.ids, found.type_ids) for found in self.tokenizer.encode_batch(list(texts))]
+        return [(found.ids, found.type_ids) for found in self._made(texts)]
+
+    def _made(self, texts: Sequence[Text]) -> "list[Encoding]":
+        try:
+            return self.tokenizer.encode_batch(list(texts))
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # a panic of tokenizers, as at a pattern of endless search, is no Exception
+            raise ValueError(
+                f"{self.file} fails at these texts ({first_line(error)}); put the run's own there"
+            ) from error
 
     def _drawn(self, seed: int, count: int) -> list[Row]:
         pairs = list(zip(SENTENCES, SENTENCES[1:] + SENTENCES[:1], strict=True))

@@ -272,6 +272,19 @@ def test_a_foreign_or_damaged_tokenizer_is_refused_though_its_checksum_fits(copi
     assert "manifest.json is damaged" in refused(capsys, predict.main, copied, "--text", "a")
 
 
+def test_a_tokenizer_whose_pattern_searches_without_end_is_one_line(copied, capfd):
+    made = json.loads((copied / "tokenizer.json").read_text())
+    made["pre_tokenizer"] = {
+        "type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated", "invert": False,
+    }  # fmt: skip
+    (copied / "tokenizer.json").write_text(json.dumps(made))
+    forged(copied)
+    with pytest.raises(SystemExit) as stop:
+        cli.run(lambda: predict.main([str(copied), "--text", "a" * 2000 + "b"]))
+    assert stop.value.code == 2
+    assert "tokenizer.json fails at these texts" in capfd.readouterr().err.splitlines()[-1]  # behind tokenizers' own
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -298,6 +311,21 @@ def test_100_000_characters_are_cut_as_in_training_and_it_is_said(merged, capsys
     assert said.out.splitlines()[0].startswith("a house by the sea , a house by the sea ,")
     assert len(said.out.splitlines()[0]) < 120
     assert_same(found, in_pytorch(run, [long, "no"]))
+
+
+def test_no_text_and_no_label_steers_the_terminal(copied, capsys):
+    manifest = json.loads((copied / "manifest.json").read_text())
+    manifest["tasks"]["films"]["labels"] = ["\x1b[2J", "\u202egood", "mixed"]
+    write_manifest(copied, manifest)
+    predict.main([str(copied), "--text", "the \x1b]0;plot\x07 is thin"])
+    said = capsys.readouterr().out
+    assert said.removesuffix("\n").isprintable()
+    assert "\\x1b[2J" in said
+    assert "\\u202egood" in said
+    assert "the \\x1b]0;plot\\x07 is thin" in said
+    manifest["tasks"] = {"\x1b[2J": manifest["tasks"]["films"]}
+    write_manifest(copied, manifest)
+    assert refused(capsys, predict.main, copied, "--text", "a", "--task", "b").isprintable()
 
 
 def test_a_file_has_a_text_a_line(merged, tmp_path, capsys):
@@ -425,6 +453,18 @@ def test_an_encoder_that_reads_its_padding_is_not_exported(merged, traced_before
     assert list(tmp_path.iterdir()) == []
 
 
+def test_an_answer_that_is_not_finite_behind_padding_is_caught(merged, monkeypatch):
+    runtime, source = Classifier(merged[1]), Source.open(merged[0])
+    original = Classifier.logits
+    monkeypatch.setattr(
+        Classifier,
+        "logits",
+        lambda self, x: original(self, x) * np.where(np.arange(len(x["input_ids"])) == 2, np.nan, 1)[:, None],
+    )
+    with pytest.raises(ValueError, match="padding changes a text's answer by nan"):
+        source.compared(runtime, 1e-4, False)
+
+
 def change(run, **text):
     """The run, with another word in what its file says."""
     file = run / "adapter.safetensors"
@@ -460,6 +500,17 @@ def test_a_run_that_does_not_hold_together_is_one_line(case, merged, tmp_path, c
     change(run, model=str(run / "encoder"))
     spoil(run)
     assert says in refused(capsys, export_command.main, run, "--out", tmp_path / "package")
+
+
+def test_a_strangers_tokenizer_never_runs_code_of_its_own(merged, tmp_path, capsys, monkeypatch):
+    run = shutil.copytree(merged[0], tmp_path / "run")
+    own = run / "tokenizer_config.json"
+    more = {"tokenizer_class": "Other", "auto_map": {"AutoTokenizer": [None, "code.Other"]}}
+    own.write_text(json.dumps(json.loads(own.read_text()) | more))
+    (run / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()\n")
+    monkeypatch.setattr("builtins.input", lambda *asked: pytest.fail("transformers asked whether to run it"))
+    refused(capsys, export_command.main, run, "--out", tmp_path / "package")
+    assert not (tmp_path / "ran").exists()
 
 
 def test_int8_covers_products_and_the_table_of_tokens(merged):

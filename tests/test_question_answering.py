@@ -616,6 +616,17 @@ def test_the_null_threshold_is_obeyed(place, tmp_path, threshold, empty):
     assert result["metrics"]["NoAns_exact"] == (100 if empty else pytest.approx(0, abs=70))
 
 
+def test_contexts_that_differ_in_case_or_white_space_alone_are_one():
+    texts = ["One two.", "one  TWO. ", "Three four.", "Five six."]
+    found = Squad(tuple(Question(str(i), "Who?", text, ()) for i, text in enumerate(texts)), "2.0", "a.json")
+    assert len(found.contexts) == 3
+    for seed in range(5):
+        first, second = found.split(0.4, seed)
+        assert not set(first.contexts) & set(second.contexts)
+        assert len(first) + len(second) == 4
+        assert ({"0", "1"} <= {q.id for q in first.questions}) or ({"0", "1"} <= {q.id for q in second.questions})
+
+
 def test_tuning_watches_other_contexts_and_never_opens_dev(place, tmp_path, capsys):
     result = run(place, tmp_path, "--dev", str(place / "absent.json"), "--stage", "tune", "--val-share", "0.4")
     assert result["split"] == "val"
@@ -697,6 +708,14 @@ def test_a_head_of_three_classes_is_replaced_by_start_and_end(place, tmp_path):
     questions.wordpiece().save_pretrained(tmp_path / "encoder")
     result = run(place, tmp_path, "--model", str(tmp_path / "encoder"))
     assert result["head_parameters"] == 2 * 32 + 2
+
+
+def test_logits_that_are_not_finite_are_no_answer(place, mini):
+    model = build({"text": {"model": str(place / "encoder"), "architecture": "BertForQuestionAnswering"}}, place)
+    model.qa_outputs.bias.data.fill_(torch.nan)
+    cut = windows.cut(mini, questions.wordpiece(), 48, 16)
+    with pytest.raises(ValueError, match="logits are not finite"):
+        qa_loop.predict(model, qa_loop.encode(cut, questions.wordpiece(), torch.device("cpu"))[0])
 
 
 def test_a_windows_loss_and_logits_do_not_depend_on_its_padding(place, mini):

@@ -1,6 +1,7 @@
 """An encoder under its head, injected: what runs of every text task build, save and record alike."""
 
 import json
+import shutil
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ import torch
 from torch import nn
 
 import capavision as cv
+from capavision.files import replacing
 from examples.text.encode import Encoded, check_vocabulary
 from examples.text.model import build_model, try_batch
 from examples.text.settings import TextTraining
@@ -47,7 +49,8 @@ class Adapted:
             self.model.config.save_pretrained(f"{temporary}/model_config")
             for path in sorted(Path(temporary).rglob("*")):
                 if path.is_file():
-                    write(folder / path.relative_to(temporary), path.read_text(encoding="utf-8"))
+                    with replacing(folder / path.relative_to(temporary)) as whole:
+                        shutil.copyfile(path, whole)
 
     def conclude(
         self, folder: Path, found: dict[str, Any], data: dict[str, Any], history: list[dict[str, Any]], seconds: float
@@ -99,9 +102,12 @@ def adapt(config: TextTraining, text: dict[str, Any], tokenizer: Any, some: Enco
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     model: Any = build_model(text, folder, config.seed)
+    if model.config.pad_token_id is None:
+        model.config.pad_token_id = tokenizer.pad_token_id
     check_vocabulary(config.model, tokenizer, some, model.get_input_embeddings().num_embeddings)
-    longest = {"input_ids": torch.full((1, config.max_length), int(some.ids[0, 0]))}
-    try_batch(model, longest, config.model)
+    row = some.ids[0, : some.sizes[0]].long()  # drawn out at its start: the end of a text tells some models where it is
+    longest = torch.cat([row[:1].expand(config.max_length - len(row)), row])
+    try_batch(model, {"input_ids": longest[None]}, config.model)
     example = some.inputs(some.batches(torch.arange(min(2, len(some))), 2)[0])
     base = digest(model)
     report = cv.inject(model, config.method, config.patterns, config.parts, seed=config.seed, example=example)

@@ -42,9 +42,9 @@ class Texts:
         return self if count is None else self.take(range(min(count, len(self))))
 
     def keys(self) -> list[Hashable]:
-        """What makes a text another one."""
+        """What makes a text another one: neither case, which many encoders do not read, nor white space."""
         seconds = self.second if self.second is not None else [""] * len(self)
-        return [(one.strip(), two.strip()) for one, two in zip(self.first, seconds, strict=True)]
+        return [(plain(one), plain(two)) for one, two in zip(self.first, seconds, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -71,14 +71,28 @@ class TextData:
         return self.splits["test"].second is not None
 
 
-def unique(texts: Texts, besides: Texts | None = None) -> tuple[Texts, dict[str, int]]:
-    """`texts` without those that came before, and without those of `besides`; and how many these were."""
-    known = set(besides.keys()) if besides else set()
+def plain(text: str) -> str:
+    """
+    >>> plain("A  warm\\tFilm ")
+    'a warm film'
+    """
+    return " ".join(text.split()).casefold()
+
+
+def unique(texts: Texts, besides: Sequence[Texts] = ()) -> tuple[Texts, dict[str, int]]:
+    """`texts` without those that came before, and without those of `besides`; and how many these were.
+
+    Raises:
+        ValueError: none is left.
+    """
+    known = {key for others in besides for key in others.keys()}  # noqa: SIM118 (no mapping)
     first, contradicting = dict[Hashable, int](), 0
     for i, key in enumerate(texts.keys()):
         if key not in known:
             earlier = first.setdefault(key, i)
             contradicting += bool(texts.labels[earlier] != texts.labels[i])
+    if not first:
+        raise ValueError(f"all {len(texts)} texts to train on are among those to test on; take others")
     kept = texts.take(list(first.values()))
     return kept, {"repeated": len(texts) - len(kept), "repeated_with_another_label": contradicting}
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from examples.text.data import Texts
 
+CHUNK = 4096  # texts tokenized at once: what a tokenizer tells of a text takes a hundred times its tokens
 UNKNOWN = 0.5  # share of tokens outside the vocabulary from which on a tokenizer is another's
 
 
@@ -72,19 +73,24 @@ def encode(tokenizer: Any, texts: Texts, max_length: int, device: torch.device) 
     """The texts as tokens on `device`; of pairs the longer text is cut first.
 
     Raises:
-        ValueError: max_length has no room for a token of each text.
+        ValueError: max_length has no room for a token of each text; a text without a token.
     """
     needed = tokenizer.num_special_tokens_to_add(pair=texts.second is not None) + (2 if texts.second is not None else 1)
     if max_length < needed:
         raise ValueError(f"--max-length {max_length} has no room for a token of each text; {needed} is the least")
-    found = tokenizer(
-        list(texts.first), texts.second and list(texts.second), truncation=True, max_length=max_length, padding=False
-    )
-    sizes = torch.tensor([len(row) for row in found["input_ids"]])
-    ids = padded(found["input_ids"], tokenizer.pad_token_id, device)
-    named = "token_type_ids" in tokenizer.model_input_names and "token_type_ids" in found
-    types = padded(found["token_type_ids"], tokenizer.pad_token_type_id, device) if named else None
-    cut = sum(bool(encoding.overflowing) for encoding in found.encodings)
+    rows: dict[str, list[Tensor]] = {}
+    cut = 0
+    for start in range(0, len(texts), CHUNK):
+        first, second = (part and list(part[start : start + CHUNK]) for part in (texts.first, texts.second))
+        found = tokenizer(first, second, truncation=True, max_length=max_length, padding=False)
+        for name in found.keys() & set(tokenizer.model_input_names):
+            rows.setdefault(name, []).extend(torch.tensor(row, dtype=torch.int32) for row in found[name])
+        cut += sum(bool(encoding.overflowing) for encoding in found.encodings)
+    sizes = torch.tensor([len(row) for row in rows["input_ids"]])
+    if not sizes.all():
+        raise ValueError(f"the tokenizer makes no token of {texts.first[int(sizes.argmin())][:60]!r}; remove the text")
+    ids = padded(rows["input_ids"], tokenizer.pad_token_id, device)
+    types = padded(rows["token_type_ids"], tokenizer.pad_token_type_id, device) if "token_type_ids" in rows else None
     return Encoded(ids, types, sizes.to(device), sizes, cut)
 
 

@@ -15,6 +15,7 @@ from vtab.loop import Loop
 
 EVALUATED = 128  # texts a batch
 POOL = 8  # batches
+NOT_FINITE = "the model's logits are not finite; a lower --lr helps most, then --precision float32"
 
 
 @dataclass
@@ -56,11 +57,18 @@ class TextLoop(Loop):
 
 @torch.inference_mode()
 def predict(model: nn.Module, texts: Encoded, precision: str = "auto") -> Tensor:
-    """The logits (n, classes) in float32, in the texts' order and on their device; texts of like length go together."""
+    """The logits (n, classes) in float32, in the texts' order and on their device; texts of like length go together.
+
+    Raises:
+        ValueError: some are not finite, which would pass for a class.
+    """
     model.eval()
     order = texts.sizes.argsort(descending=True, stable=True)  # the longest first: memory fails at once or not at all
     parts = []
     for batch in texts.batches(order, EVALUATED):
         with autocast(texts.device, precision):
             parts.append(model(**texts.inputs(batch)).logits.float())
-    return torch.cat(parts)[order.argsort().to(texts.device)]
+    logits = torch.cat(parts)[order.argsort().to(texts.device)]
+    if not logits.isfinite().all():
+        raise ValueError(NOT_FINITE)
+    return logits

@@ -33,13 +33,12 @@ def _matthews(labels: Vector, predicted: Vector) -> float:
 
 
 def _correlation(name: str, labels: Vector, predicted: Vector) -> float:
-    """0 where one side is constant: it tells nothing of the other."""
+    """0 where one side is constant, as one number alone is: it tells nothing of the other."""
     from scipy import stats
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", stats.ConstantInputWarning)
-        found = float(getattr(stats, name)(labels, predicted).statistic)
-    return 0.0 if np.isnan(found) else found
+    if min(np.ptp(labels), np.ptp(predicted)) == 0:
+        return 0.0
+    return float(getattr(stats, name)(labels, predicted).statistic)
 
 
 def _pearson(labels: Vector, predicted: Vector) -> float:
@@ -67,5 +66,7 @@ def judge(metric: str, labels: Vector, predicted: Vector) -> dict[str, float]:
     >>> judge("f1+accuracy", np.array([1, 1, 0, 0]), np.array([1, 0, 0, 0]))["score"]
     70.83333333333333
     """
-    parts = {name: 100 * part(labels, predicted) for name, part in METRICS[metric].items()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of classes or numbers that are all the same
+        parts = {name: 100 * part(labels, predicted) for name, part in METRICS[metric].items()}
     return {**parts, "score": sum(parts.values()) / len(parts)}

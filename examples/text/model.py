@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from export.text import build, location, quiet
+from export.text import CODELESS, build, location, quiet
 
 
 def architecture(model: str, task: str) -> str:
@@ -24,7 +24,7 @@ def architecture(model: str, task: str) -> str:
     from transformers.models.auto import modeling_auto
 
     with quiet(model):
-        config = AutoConfig.from_pretrained(location(model))
+        config = AutoConfig.from_pretrained(location(model), **CODELESS)
     families: Any = getattr(modeling_auto, f"MODEL_FOR_{task}_MAPPING")
     if type(config) not in families:
         what = task.lower().replace("_", " ")
@@ -34,19 +34,23 @@ def architecture(model: str, task: str) -> str:
 
 
 def load_tokenizer(model: str) -> Any:
-    """The model's tokenizer, a fast one, which a file without code describes whole.
+    """The model's tokenizer, a fast one, which a file without code describes whole; it pads with the token that the
+    model takes for padding, by which decoders find a text's last one.
 
     Raises:
-        ValueError: none, or a slow one.
+        ValueError: none, a slow one, or one without that token.
     """
-    from transformers import AutoTokenizer
+    from transformers import AutoConfig, AutoTokenizer
 
     with quiet(model):
-        tokenizer = AutoTokenizer.from_pretrained(location(model))
+        tokenizer = AutoTokenizer.from_pretrained(location(model), **CODELESS)
+        pad = AutoConfig.from_pretrained(location(model), **CODELESS).pad_token_id
     if not tokenizer.is_fast:
         raise ValueError(
             f"{model} has no fast tokenizer (tokenizer.json), which a run folder needs; take another --model"
         )
+    if pad is not None and pad != tokenizer.pad_token_id:
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(pad)
     if tokenizer.pad_token is None:
         raise ValueError(f"the tokenizer of {model} has no padding token; add one, and save model and tokenizer anew")
     return tokenizer

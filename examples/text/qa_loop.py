@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from examples.text.encode import Encoded, padded
-from examples.text.loop import TextLoop
+from examples.text.loop import NOT_FINITE, TextLoop
 from examples.text.windows import Window
 from vtab.evaluate import autocast
 
@@ -62,13 +62,19 @@ class SpanLoop(TextLoop):
 def predict(
     model: nn.Module, windows: Encoded, precision: str = "auto"
 ) -> list[tuple[NDArray[np.float32], NDArray[np.float32]]]:
-    """Start and end logits of each window, in order, without padding; windows of like length go together."""
+    """Start and end logits of each window, in order, without padding; windows of like length go together.
+
+    Raises:
+        ValueError: some are not finite, of which no answer can be made.
+    """
     model.eval()
     order = windows.sizes.argsort(descending=True, stable=True)  # the longest first: memory fails at once or not at all
     found: list[Any] = [None] * len(windows)
     for batch, places in zip(windows.batches(order, EVALUATED), order.split(EVALUATED), strict=True):
         with autocast(windows.device, precision):
             logits = span_logits(model, windows.inputs(batch)).cpu().numpy()
+        if not (logits < np.inf).all():  # NaN is not either; -inf stands at padding
+            raise ValueError(NOT_FINITE)
         for place, (start, end) in zip(places.tolist(), logits, strict=True):
             size = int(windows.sizes[place])
             found[place] = (start[:size], end[:size])

@@ -4,6 +4,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from examples.text.data import plain
+
 
 @dataclass(frozen=True)
 class Answer:
@@ -47,8 +49,8 @@ class Squad:
 
     @property
     def contexts(self) -> list[str]:
-        """Each context once."""
-        return list(dict.fromkeys(question.context for question in self.questions))
+        """Each context once, as `plain` has it."""
+        return list(dict.fromkeys(plain(question.context) for question in self.questions))
 
     def head(self, count: int | None) -> "Squad":
         """The first `count` questions; None is all."""
@@ -80,6 +82,6 @@ class Squad:
             )
         count = min(max(round(share * len(contexts)), 1), len(contexts) - 1)
         kept = {contexts[i] for i in np.random.default_rng(seed).permutation(len(contexts))[:count]}
-        parts = ([q for q in self.questions if (q.context in kept) == chosen] for chosen in (False, True))
+        parts = ([q for q in self.questions if (plain(q.context) in kept) == chosen] for chosen in (False, True))
         first, second = (replace(self, questions=tuple(part)) for part in parts)
         return first, second

@@ -4,7 +4,8 @@
     python -m examples.text_classification --recipe capaboost-lora-deberta-rte      other flags override it
 
 Source: LINs-lab/CapaBoost, scripts/, commit a0d9963; CapaBoost, arXiv 2407.01320. A recipe sets how to train, never how
-to test: these scripts keep the checkpoint that is best on GLUE's validation split and report it on the same split.
+to test. The scripts keep the epoch that is best on held-out texts: those of run_glue_no_test.py on GLUE's validation
+split, which they report; those of run_glue.py on texts that they do not report.
 """
 
 from typing import Any
@@ -12,8 +13,10 @@ from typing import Any
 from vtab.recipes import Recipe, table
 
 SOURCE = "LINs-lab/CapaBoost scripts/"
-REPORTED = "the best epoch on GLUE's validation split"
-SEEDS = "seeds 42, 43, 44 one by one"
+SAME = "the best epoch on GLUE's validation split, by that split"
+HALF = "the best epoch by one half of GLUE's validation split, on the other"
+APART = "the best epoch by 1,000 training texts held out, on GLUE's validation split"
+SMALL = ("cola", "rte", "mrpc", "stsb")  # tasks whose training texts run_glue.py leaves whole
 DIFFERS = (
     "they start A 9.8 times larger (fan-in is the rank) and B not at 0, so that their lr and alpha need not suit ours",
     "float16 there; here float32, bfloat16 on a GPU that has it",
@@ -70,7 +73,7 @@ _ROWS = (
         _run("rte", DEBERTA, 1.5e-3, 60, 32, 512, 200, 0.01),
         {"rank": 8, "alpha": 16.0, **MASKS},
         searched="lr in 1e-4, 5e-4, 1e-3, 5e-3 beside it",
-        reported=REPORTED,
+        reported=SAME,
         differs=DIFFERS,
     ),
     Recipe(
@@ -80,7 +83,7 @@ _ROWS = (
         _run("qnli", DEBERTA, 8e-4, 30, 64, 320, 500, 0.01),
         {"rank": 8, "alpha": 32.0, **MASKS},
         searched="lr in 1e-4, 5e-4, 1e-3, 5e-3 beside it",
-        reported=REPORTED,
+        reported=SAME,
         differs=DIFFERS,
     ),
     *(
@@ -90,7 +93,7 @@ _ROWS = (
             "lora",
             _run(task, ROBERTA, lr, epochs, 128, 128, 0.1, 0.1),
             {"rank": 4, "alpha": 6.0, **MASKS},
-            reported=REPORTED,
+            reported=HALF if task in SMALL else APART,
             differs=DIFFERS,
         )
         for task, (epochs, lr) in BY_TASK.items()
@@ -102,7 +105,7 @@ _ROWS = (
         _run("mnli", DEBERTA, 5e-4, 30, 64, 256, 1000, 0.01),
         {"rank": 32, "where": "pfeiffer", "activation": "relu", **MASKS},
         searched="lr in 1e-3, 3e-3, 5e-3, 1e-4, 8e-4 beside it",
-        reported=REPORTED,
+        reported=APART,
         differs=ADAPTER_DIFFERS,
     ),
     Recipe(
@@ -112,7 +115,7 @@ _ROWS = (
         _run("rte", ROBERTA, 5e-4, 20, 128, 128, 0.1, 0.1),
         {"rank": 64, "where": "pfeiffer", "activation": "relu", **MASKS},
         searched="density in 0.5, 0.7, 0.9",
-        reported=REPORTED,
+        reported=HALF,
         differs=ADAPTER_DIFFERS,
     ),
 )

@@ -80,6 +80,12 @@ class Classification(TextTraining):
             raise ValueError("name the data: --data rotten_tomatoes, glue/sst2, or your own file: --data reviews.csv")
         if self.metric is not None and self.metric not in METRICS:
             raise ValueError(f"--metric {self.metric!r} is unknown; {near(self.metric, METRICS)}")
+        for field in ("test_data", "text_pair_column"):
+            if getattr(self, field) is not None and not self.is_file:
+                raise ValueError(f"{flag(field)} is for a file of your own, and --data is {self.data}; leave it out")
+        columns = [self.text_column, *filter(None, [self.text_pair_column]), self.label_column]
+        if len(set(columns)) < len(columns):
+            raise ValueError(f"the columns {', '.join(columns)} of text and label must differ; name another")
         for field, least in (("train_size", 10), ("split_seed", 0)):
             if (value := getattr(self, field)) is not None and value < least:
                 raise ValueError(f"{flag(field)} {value} must be at least {least}")

@@ -1,7 +1,9 @@
 """Where labelled texts come from: Rotten Tomatoes in a Python package, GLUE on the hub, files of one's own."""
 
 import importlib.util
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -60,8 +62,8 @@ def _own(config: Classification) -> TextData:
         Texts([row[0] for row in rows], [row[1] for row in rows] if config.text_pair_column else None, value)
         for rows, value in zip(tables, values, strict=True)
     ]
-    test = texts[1] if len(texts) > 1 else None
-    return _whole(config.task, texts[0], labels, metric, f"{path.name}, own file", config, test)
+    tests = {"test": texts[1]} if len(texts) > 1 else {}
+    return _whole(config.task, texts[0], labels, metric, f"{path.name}, own file", config, tests)
 
 
 def _glue(config: Classification) -> TextData:
@@ -72,10 +74,9 @@ def _glue(config: Classification) -> TextData:
         raise ValueError(
             f"--metric {metric} does not fit {config.data}, which is judged by {task.metric}; leave it out"
         )
-    parts = split(train, tests[0], config.train_size, config.split_seed, labels)
-    parts |= {f"test_{name.partition('_')[2]}": more for name, more in zip(task.tests[1:], tests[1:], strict=True)}
     source = f"GLUE {name} from the hub; test: its validation split, whose labels are public"
-    return TextData(config.data, labels, parts, metric, source)
+    names = ["test", *(split.replace("validation", "test") for split in task.tests[1:])]
+    return _whole(config.data, train, labels, metric, source, config, dict(zip(names, tests, strict=True)))
 
 
 def _whole(
@@ -85,15 +86,15 @@ def _whole(
     metric: str,
     source: str,
     config: Classification,
-    test: Texts | None = None,
+    tests: Mapping[str, Texts] = MappingProxyType({}),
 ) -> TextData:
-    """A task whose texts come in one piece, or two with a test file; no text is in two splits."""
-    kept, facts = unique(texts, test)
+    """A task whose texts come in one piece, or apart from those to test on; no text is in training and test."""
+    kept, facts = unique(texts, list(tests.values()))
     if facts["repeated"]:
-        told = f"{facts['repeated']} of {len(texts):,} texts left out: they occur earlier"
-        print(told + (", or in the test file" if test else ""))
-    parts = split(kept, test, config.train_size, config.split_seed, labels)
-    return TextData(task, labels, parts, metric, source, facts)
+        told = f"{facts['repeated']:,} of {len(texts):,} texts left out: they occur earlier"
+        print(told + (", or among those to test on" if tests else ""))
+    parts = split(kept, tests.get("test"), config.train_size, config.split_seed, labels)
+    return TextData(task, labels, {**parts, **tests}, metric, source, facts)
 
 
 def _classes_only(config: Classification, name: str) -> str:
@@ -123,9 +124,10 @@ def _numbers(path: Path, rows: list[list[str]]) -> Any:
             raise ValueError(
                 f"{path} has the label {row[-1]!r}, and pearson+spearman is for numbers; mend it, or leave --metric out"
             ) from None
-    if not np.isfinite(found).all() or len(set(found)) < 2:
+    numbers = np.array(found)
+    if not (np.abs(numbers) < np.finfo(np.float32).max).all() or len(set(found)) < 2:
         raise ValueError(f"the labels of {path} must be finite numbers, and not all the same")
-    return np.array(found, dtype=np.float32)
+    return numbers.astype(np.float32)
 
 
 def _in_order(label: str) -> tuple[bool, int, str]:

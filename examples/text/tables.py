@@ -16,23 +16,29 @@ def read(path: Path, columns: list[str]) -> list[list[str]]:
     """The fields of the named columns in each row, spaces around them removed.
 
     Raises:
-        ValueError: no such file, no text, no such column, a row without one of them, an empty field.
+        ValueError: no such file, no text, no such column or two of that name, quotation marks that do not close, a row
+            of more fields than the header, an empty field.
     """
     if not path.is_file():
-        raise ValueError(f"there is no file {path}")
+        raise ValueError(f"{path} is a folder; name a file in it" if path.is_dir() else f"there is no file {path}")
     csv.field_size_limit(LONGEST)
     plain = path.suffix.lower() == ".tsv"
     rows: list[list[str]] = []
     with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.reader(
-            file, "excel-tab" if plain else "excel", quoting=csv.QUOTE_NONE if plain else csv.QUOTE_MINIMAL
-        )
+        form = {"dialect": "excel-tab", "quoting": csv.QUOTE_NONE} if plain else {"dialect": "excel"}
+        reader = csv.reader(file, strict=True, **form)  # else an open quotation mark would swallow the rows behind it
         try:
-            places = _places(path, next(reader, []), columns)
+            header = next(reader, [])
+            places = _places(path, header, columns)
             for fields in filter(None, reader):
+                _check_width(path, reader.line_num, fields, len(header))
                 rows.append([_field(path, reader.line_num, fields, place, places) for place in places])
-        except (UnicodeDecodeError, csv.Error) as error:
+        except UnicodeDecodeError as error:
             raise ValueError(f"{path} is no UTF-8 text with rows and columns ({error}); save it as UTF-8") from error
+        except csv.Error as error:
+            raise ValueError(
+                f"{path}:{reader.line_num}: quotation marks that do not fit ({error}); write one inside a field twice"
+            ) from error
     if not rows:
         raise ValueError(f"{path} has no rows below its header")
     return rows
@@ -44,7 +50,17 @@ def _places(path: Path, header: list[str], columns: list[str]) -> dict[int, str]
     for column in columns:
         if column not in names:
             raise ValueError(f"{path} has no column {column!r} in its first line; {near(column, filter(None, names))}")
+        if names.count(column) > 1:
+            raise ValueError(f"{path} has the column {column!r} {names.count(column)} times; rename all but one")
     return {names.index(column): column for column in columns}
+
+
+def _check_width(path: Path, line: int, fields: list[str], width: int) -> None:
+    if any(field.strip() for field in fields[width:]):  # else a text with a comma would lose its end, and its label
+        raise ValueError(
+            f"{path}:{line}: {len(fields)} fields, and the header has {width}; a text that holds the separator must "
+            "stand between quotation marks, in a .csv"
+        )
 
 
 def _field(path: Path, line: int, fields: list[str], place: int, places: dict[int, str]) -> str:
