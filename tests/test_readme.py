@@ -36,7 +36,7 @@ def test_every_link_and_picture_is_there(name):
     assert (ROOT / name).exists()
 
 
-@pytest.mark.parametrize("line", re.findall(r"^ *python -m ([a-z.]+)", README, flags=re.M))
+@pytest.mark.parametrize("line", re.findall(r"^ *python -m ([a-z._]+)", README, flags=re.M))
 def test_every_command_is_a_module(line):
     path = ROOT / line.replace(".", "/")
     assert path.with_suffix(".py").is_file() or (path / "__main__.py").is_file()

@@ -151,7 +151,11 @@ def _check_classes(texts: Texts, labels: list[str]) -> None:
         raise ValueError(f"all {len(texts)} texts have one label, {labels[int(counts.argmax())]!r}; two are needed")
     if counts.min() < SMALLEST:
         rare = int(counts.argmin())
+        numbers = all(label.replace(".", "").lstrip("-").isdecimal() for label in labels)
+        cure = (
+            "if it is a number, pass --metric pearson+spearman" if numbers else "does --label-column name the labels?"
+        )
         raise ValueError(
-            f"class {labels[rare]!r} has {counts[rare]} different texts; a split by class needs {SMALLEST} of each "
-            f"of the {len(labels)} classes. If the label is a number, pass --metric pearson+spearman"
+            f"a split by class needs {SMALLEST} different texts of each of the {len(labels)} classes, and "
+            f"{labels[rare]!r} has {counts[rare]}; give more of them, or leave its rows out; {cure}"
         )

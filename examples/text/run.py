@@ -121,7 +121,8 @@ def conclude(setup: TextSetup, folder: Path, history: list[dict[str, Any]]) -> d
     found |= {"images": len(texts), "images_in_full_split": len(data.splits[judge])}  # vtab's word for examples
     facts = {"source": data.source, "splits": {k: len(s) for k, s in data.splits.items()}, **data.facts}
     result = setup.adapted.conclude(folder, found, facts, history, seconds)
-    told = f"{data.metric} {result['score']:.2f}" if data.metric != "accuracy" else f"accuracy {score}"
+    parts = ", ".join(f"{name} {value:.2f} %" for name, value in result["metrics"].items())
+    told = parts if data.metric != "accuracy" else f"accuracy {score}"
     print(f"{data.task} ({data.source}): {judge} {told}, {setup.adapted.report.trained:,} trained values\n{folder}")
     return result
 

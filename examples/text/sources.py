@@ -31,6 +31,8 @@ def open_data(config: Classification) -> TextData:
     elif config.data.startswith("glue/"):
         data = _glue(config)
     else:
+        if Path(config.data).suffix:
+            raise ValueError(f"--data {config.data}: texts of one's own are a .csv or .tsv file with a line of names")
         known = ["rotten_tomatoes", *(f"glue/{name}" for name in glue.TASKS)]
         raise ValueError(f"unknown data {config.data!r}; {near(config.data, known)} Or your own file, .csv or .tsv")
     _check_metric(data)

@@ -26,10 +26,15 @@ def read(path: Path) -> Squad:
     """A file in SQuAD's format.
 
     Raises:
-        ValueError: no JSON, another structure, an answer that is not where it is said to be, an id twice, no question.
-        OSError: no such file.
+        ValueError: no such file, no JSON, another structure, an answer that is not where it is said to be, an id twice,
+            no question.
     """
-    content = read_json(path, LIMIT)
+    if not path.is_file():
+        raise ValueError(f"there is no file {path}")
+    try:
+        content = read_json(path, LIMIT)
+    except ValueError as error:
+        raise ValueError(f"{path} is no file in SQuAD's format, which is JSON ({error.__cause__ or error})") from error
     said = str(content.get("version", "")) if isinstance(content, dict) else ""
     questions = _checked(_questions(content), str(path))
     newer = said.lstrip("vV").startswith("2") or any(not question.answers for question in questions)

@@ -7,8 +7,6 @@ files.
 import csv
 from pathlib import Path
 
-from capavision.targets import near
-
 LONGEST = 1 << 30  # characters of a field; csv's own limit is 131,072
 
 
@@ -49,7 +47,12 @@ def _places(path: Path, header: list[str], columns: list[str]) -> dict[int, str]
     names = [name.strip() for name in header]
     for column in columns:
         if column not in names:
-            raise ValueError(f"{path} has no column {column!r} in its first line; {near(column, filter(None, names))}")
+            if not any(names):
+                raise ValueError(f"{path} has an empty first line; it must name the columns")
+            raise ValueError(
+                f"{path} has no column {column!r}, its first line names {', '.join(map(repr, names))}; --text-column "
+                "and --label-column say which to take, and columns stand apart by commas, in a .tsv by tabs"
+            )
         if names.count(column) > 1:
             raise ValueError(f"{path} has the column {column!r} {names.count(column)} times; rename all but one")
     return {names.index(column): column for column in columns}
