@@ -25,6 +25,12 @@ def own_cache(tmp_path_factory, monkeypatch):
     monkeypatch.setenv("CAPAVISION_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
 
 
+@pytest.fixture(autouse=True)
+def same_draws():
+    """A test draws the same numbers whenever it runs, whatever ran before it."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture
 def no_pictures() -> Iterator[None]:
     """Empty files for a run's pictures: to draw them takes longer than to train most tests' models."""
