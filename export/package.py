@@ -101,7 +101,7 @@ def head_of(form: str, proto: onnx.ModelProto, sources: Mapping[str, Source]) ->
         "versions": {
             "capavision": cv.__version__,
             "torch": torch.__version__,
-            **first.library,
+            **first.builder,
             "onnx": onnx.__version__,
             "onnxruntime": onnxruntime.__version__,
             "python": platform.python_version(),

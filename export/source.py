@@ -86,7 +86,7 @@ class Source:
         return self.about["base"]["model"] if self.about["base"] else None
 
     @property
-    def library(self) -> dict[str, str]:
+    def builder(self) -> dict[str, str]:
         """Versions of what the model is made of."""
         import timm
 

@@ -94,7 +94,7 @@ class TextSource(Source):
         return {"model": Path(model).name if Path(model).is_dir() else model}
 
     @property
-    def library(self) -> dict[str, str]:
+    def builder(self) -> dict[str, str]:
         """Versions of what makes tokens and the model."""
         import tokenizers
         import transformers

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -11,7 +12,7 @@ import capavision as cv
 
 
 @dataclass(frozen=True)
-class Training:
+class Training(ABC):
     """How to train, test and name a run.
 
     targets: what to adapt, comma-separated names, globs or groups (default: the method's choice for the architecture)
@@ -106,9 +107,9 @@ class Training:
         relevant = {k: v for k, v in relevant.items() if k not in young or v != young[k]}
         return hashlib.sha256(json.dumps(relevant, sort_keys=True).encode()).hexdigest()[:8]
 
+    @abstractmethod
     def title(self) -> str:
         """Data, model and method: what a run folder is called, before seed and digest."""
-        raise NotImplementedError
 
     def folder(self) -> Path:
         """The run's folder."""
