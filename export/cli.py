@@ -20,7 +20,7 @@ STOPPED = 130  # what shells report for Ctrl-C
 EXTRAS = {  # of capavision: what each brings, by the name that is imported; "" is capavision itself
     "export": ("onnx", "onnxruntime", "onnxscript", "PIL"),
     "vtab": ("sklearn", "scipy", "matplotlib", "tqdm", "filelock", "rich", "jinja2"),
-    "text": ("transformers", "datasets", "tokenizers"),
+    "text": ("transformers", "datasets", "tokenizers", "sentencepiece"),
     "tfds": ("tensorflow_datasets", "tensorflow", "importlib_resources"),
     "ray": ("ray",),
     "slurm": ("submitit",),

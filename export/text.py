@@ -138,8 +138,8 @@ def _absent(model: str, told: str) -> str:
     if "model.safetensors" in told:
         return f"{model} has no model.safetensors, and pickled weights are never read; save it with save_pretrained"
     return (
-        f"the model {model!r} is no folder here, and the hub did not give it ({told.partition('. ')[0].strip(' .')}); "
-        "take a folder that save_pretrained wrote, a machine that reaches the Hugging Face hub, or demo"
+        f"there is no folder {model}, and no such model came from the hub; take demo, a folder that save_pretrained "
+        f"wrote, or a machine that reaches the Hugging Face hub ({told.partition('. ')[0].strip(' .')})"
     )
 
 

@@ -784,7 +784,7 @@ REFUSED = {
     "slow tokenizer": (["+", "--model", "{canine}"], "has no fast tokenizer (tokenizer.json)"),
     "no head": (["+", "--model", "{vit}"], "transformers has no question answering with ViTConfig"),
     "no encoder": (["+", "--model", "{t5}"], "T5ForQuestionAnswering has no encoder apart from its head"),
-    "model": (["+", "--model", "{nothing}"], "nothing' is no folder here, and the hub did not give it"),
+    "model": (["+", "--model", "{nothing}"], "nothing, and no such model came from the hub; take demo"),
     "flag": (["+", "--strid", "4"], "unrecognized arguments: --strid 4; did you mean '--stride'"),
     "recipe": (["--recipe", "capaboost-lora-deberta-rte"], "did you mean 'capaboost-lora-deberta-squad"),
 }  # fmt: skip

@@ -224,8 +224,22 @@ def test_a_methods_label_is_the_same_in_every_task_of_a_table(argv, label):
     assert {labels.method(parse(["--task", task, *argv])) for task in ("cifar", "svhn", "digits")} == {label}
 
 
-def test_the_table_lists_all():
-    assert all(f"| {name} |" in recipes.table() for name in RECIPES)
+@pytest.mark.parametrize("width", [60, 200])
+def test_the_list_has_all_that_recipes_say_and_fits_the_terminal(width, monkeypatch):
+    monkeypatch.setenv("COLUMNS", str(width))
+    told = recipes.listing(RECIPES)
+    assert max(map(len, told.splitlines())) <= min(width, recipes.WIDEST)
+    whole = " " + " ".join(told.split())
+    for name, recipe in RECIPES.items():
+        own = whole.partition(f" {name} method ")[2].partition(" source ")[0]
+        assert f"searched {recipe.searched}" in own
+        assert f"reported {recipe.reported}" in own
+        for note in recipe.differs:
+            number = whole.partition(f"] {note}")[0].rpartition("[")[2]
+            assert f"[{number}]" in own
+
+
+def test_the_scales_are_listed_by_task():
     assert "| svhn | 100 | rank 32, 100 | 10 | 10 | 10 | 10 | rank 16 |" in recipes.scales()
 
 

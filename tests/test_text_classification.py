@@ -241,7 +241,7 @@ def test_a_finished_run_is_not_trained_again_and_other_settings_are_refused(fini
     assert run(command, folder.parent, "--name", "a", "--branches", "2") == json.loads(json.dumps(result))
     assert (folder / "adapter.safetensors").stat().st_mtime_ns == before
     said = refused(capsys, [*command, "--out", str(folder.parent), "--name", "a", "--max-length", "8"])
-    assert "holds a run with another max_length, method" in said
+    assert "holds a run with branches 2 instead of 1, density 0.5 instead of 1.0, max_length 16 instead of 8" in said
 
 
 def test_numbers_are_learned_and_judged_by_correlation(command, tmp_path, capsys):
@@ -458,6 +458,35 @@ def test_glues_training_texts_leave_out_what_is_tested(name, miniature, monkeypa
     assert all(len(part) == 30 for split, part in found.splits.items() if split.startswith("test"))
 
 
+@pytest.mark.parametrize("name", ["stsb", "mnli"])
+def test_glue_is_read_by_the_real_datasets(name, tmp_path, monkeypatch, bert):
+    """From a folder that is laid out as the repository on the hub."""
+    datasets = pytest.importorskip("datasets", reason="[text] brings datasets")
+    labels = NAMES[name]
+    kinds = {column: datasets.Value("string") for column in COLUMNS[name]}
+    kinds |= {"label": datasets.ClassLabel(names=labels) if labels else datasets.Value("float32")}
+    tests, rng = glue.TASKS[name].tests, random.Random(0)
+    folder = tmp_path / "nyu-mll" / "glue"
+    files = []
+    for split in ("train", *tests):
+        part = {key: list(values) for key, values in Part(name, 40, rng).items() if key != "idx"}
+        made = datasets.Dataset.from_dict(part, datasets.Features(kinds))
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        made.to_parquet(folder / name / f"{split}-00000-of-00001.parquet")
+        files.append({"split": split, "path": f"{name}/{split}-*"})
+    card = {"configs": [{"config_name": name, "data_files": files}]}
+    (folder / "README.md").write_text(f"---\n{json.dumps(card)}\n---\n")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.chdir(tmp_path)
+    found = sources.open_data(Classification(data=f"glue/{name}"))
+    assert found.labels == labels
+    assert found.splits["trainval"].labels.dtype == (np.int64 if labels else np.float32)
+    assert {split for split in found.splits if split.startswith("test")} == {
+        part.replace("validation_matched", "test").replace("validation", "test") for part in tests
+    }
+    assert all(isinstance(text, str) for text in found.splits["test"].first)
+
+
 def test_a_hub_out_of_reach_is_one_line_that_says_what_to_do(monkeypatch, capsys, bert, tmp_path):
     def load_dataset(repo, name):
         raise ConnectionError(f"Couldn't reach '{repo}' on the Hub (LocalEntryNotFoundError)")
@@ -601,6 +630,40 @@ def test_all_that_a_checkpoint_lacks_is_trained(name, tmp_path):
         assert torch.equal(other(**tokens).logits, built(**tokens).logits)
 
 
+@pytest.fixture
+def sentencepiece_model(tmp_path):
+    """A DeBERTa as the hub has it: spm.model and no tokenizer.json."""
+    sentencepiece = pytest.importorskip("sentencepiece", reason="[text] brings sentencepiece")
+    rng = random.Random(0)
+    (tmp_path / "corpus").write_text("\n".join(sentence(rng, "good") for _ in range(300)))
+    folder = write_model(tmp_path / "deberta", "DebertaV2Config", "DebertaV2Model", SMALL, type_vocab_size=0)
+    (folder / "tokenizer.json").unlink()
+    (folder / "tokenizer_config.json").write_text('{"do_lower_case": false, "vocab_type": "spm"}')
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(tmp_path / "corpus"), model_prefix=str(folder / "spm"), vocab_size=40, pad_id=0, bos_id=1, eos_id=2,
+        unk_id=3, pad_piece="[PAD]", bos_piece="[CLS]", eos_piece="[SEP]", unk_piece="[UNK]", minloglevel=2,
+    )  # fmt: skip
+    return folder
+
+
+def test_debertas_sentencepiece_vocabulary_is_read(sentencepiece_model, command, tmp_path):
+    import sentencepiece
+
+    pieces = sentencepiece.SentencePieceProcessor(str(sentencepiece_model / "spm.model"))
+    for text in ("w1 good w39", "w2 bad"):
+        assert load_tokenizer(str(sentencepiece_model))(text)["input_ids"] == [1, *pieces.encode(text), 2]
+    run([*command, "--model", str(sentencepiece_model)], tmp_path, "--name", "a")
+    assert (tmp_path / "a" / "tokenizer.json").is_file()
+
+
+def test_what_reads_debertas_vocabulary_is_named_where_it_is_absent(sentencepiece_model, monkeypatch):
+    monkeypatch.setitem(sys.modules, "sentencepiece", None)
+    with pytest.raises(
+        ValueError, match=r"has no tokenizer\.json; if it is SentencePiece's .* pip install 'capavision"
+    ):
+        load_tokenizer(str(sentencepiece_model))
+
+
 def test_a_bert_without_a_pooler_has_it_trained(tmp_path):
     import safetensors.torch as st
 
@@ -646,7 +709,7 @@ def test_the_table_of_recipes_names_each_with_its_source(capsys, monkeypatch):
     monkeypatch.delitem(sys.modules, "examples.text.recipes")
     runpy.run_module("examples.text.recipes", run_name="__main__")
     said = capsys.readouterr().out
-    assert all(f"| {recipe.name} |" in said and recipe.source in said for recipe in RECIPES.values())
+    assert all(f"{recipe.name}\n" in said and recipe.source in " ".join(said.split()) for recipe in RECIPES.values())
 
 
 def test_a_recipe_says_on_which_texts_its_authors_chose_and_reported():
@@ -693,7 +756,10 @@ REFUSED = {
     "epochs": (["--epochs", "0"], "--epochs 0 must be at least 1"),
     "tune and test": (["--stage", "tune", "--test-limit", "5"], "--test-limit has no use with --stage tune"),
     "target": (["--targets", "qkw"], "no module matches 'qkw'"),
-    "model": (["--model", "no/such-model"], "the model 'no/such-model' is no folder here"),
+    "model": (
+        ["--model", "no/such-model"],
+        "there is no folder no/such-model, and no such model came from the hub; take demo",
+    ),
     "test file of others": (["--data", "glue/rte", "--test-data", "a.csv"], "--test-data is for a file of your own"),
     "one column twice": (
         ["--text-pair-column", "review"],

@@ -107,7 +107,7 @@ def test_a_finished_run_is_not_trained_again(finished, capsys):
 def test_other_settings_in_the_same_folder_are_refused(finished, capsys):
     folder, _ = finished
     said = refused(capsys, ["--task", "digits", *TINY, "--out", str(folder.parent), "--name", "a", "--lr", "0.5"])
-    assert "holds a run with another lr, method" in said
+    assert "holds a run with branches 2 instead of 1, density 0.5 instead of 1.0, lr 0.001 instead of 0.5; give" in said
 
 
 def test_a_folder_that_is_no_run_is_left_alone(tmp_path, capsys):

@@ -1,6 +1,6 @@
 """Published recipes as rows: what each method's authors trained with, as defaults of this trainer's flags.
 
-    python -m vtab.recipes                                          the table
+    python -m vtab.recipes                                          all of them
     python -m vtab.train --task dtd --method lora --recipe noah-lora ...   explicit flags override the recipe
 
 Figures come from the authors' code, which each row names; where code and paper differ, the code counts. A recipe sets
@@ -9,6 +9,8 @@ how to train, never how to test: most of these authors report the best of severa
 Methods that are not here at all (SSF, SPT, ARC, RLRR, GLoRA, NOAH's search, VPT, PACE) have no recipe.
 """
 
+import shutil
+import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -18,6 +20,7 @@ from vtab import tasks
 from vtab.tasks import VTAB
 
 DROPOUT = "module dropout of 0.1: no method here has dropout"
+WIDEST = 120  # columns that are still read with ease
 
 
 @dataclass(frozen=True)
@@ -272,18 +275,35 @@ def find(name: str, among: Mapping[str, Recipe] = RECIPES) -> Recipe:
     return among[name]
 
 
-def table(recipes: Mapping[str, Recipe] = RECIPES) -> str:
-    """The recipes as Markdown: what each sets, what its authors searched and reported, and what we do otherwise."""
-    rows = ["| recipe | method | sets | searched | reported | differs here | source |", "|---|---|---|---|---|---|---|"]
+def listing(recipes: Mapping[str, Recipe] = RECIPES) -> str:
+    """The recipes, as wide as the terminal: what each sets, what its authors searched and reported; below them, each
+    once, what we do otherwise."""
+    notes = list(dict.fromkeys(note for recipe in recipes.values() for note in recipe.differs))
     common = recipes["common"].run if "common" in recipes else {}
+    parts = []
     for recipe in recipes.values():
         run = recipe.run if recipe.name == "common" else {k: v for k, v in recipe.run.items() if common.get(k) != v}
         sets = [f"{key} {_text(value)}" for key, value in {**run, **recipe.of_method}.items()]
         sets = (["as common"] if common and recipe.name != "common" else []) + sets
         sets += [f"{name} by task" for name in recipe.by_task]
-        cells = (recipe.name, recipe.method or "any", ", ".join(sets), recipe.searched, recipe.reported)
-        rows.append(f"| {' | '.join(cells)} | {'; '.join(recipe.differs)} | {recipe.source} |")
-    return "\n".join(rows)
+        lines = {
+            "method": recipe.method or "any",
+            "sets": ", ".join(sets),
+            "searched": recipe.searched,
+            "reported": recipe.reported,
+            "differs": " ".join(f"[{1 + notes.index(note)}]" for note in recipe.differs),
+            "source": recipe.source,
+        }
+        told = [_wrapped(f"  {name:<8}  ", text) for name, text in lines.items() if text]
+        parts.append("\n".join([recipe.name, *told]))
+    here = [_wrapped(f"[{number}]".ljust(5), note) for number, note in enumerate(notes, 1)]
+    return "\n\n".join([*parts, "\n".join(["How they differ here", *here])])
+
+
+def _wrapped(start: str, text: str) -> str:
+    width = min(shutil.get_terminal_size().columns, WIDEST)
+    indents = {"initial_indent": start, "subsequent_indent": " " * len(start)}
+    return textwrap.fill(text, width, break_on_hyphens=False, **indents)
 
 
 def scales() -> str:
@@ -307,11 +327,11 @@ if __name__ == "__main__":
     from vtab.cli import Parser, run
 
     def main(argv: list[str] | None = None) -> str:
-        """Print both tables."""
+        """Print recipes and scales."""
         Parser(prog="python -m vtab.recipes", description="Published recipes, and their scales by task.").parse_args(
             argv
         )
-        print(f"{table()}\n\n{scales()}")
-        return table()
+        print(text := f"{listing()}\n\n{scales()}")
+        return text
 
     run(main)

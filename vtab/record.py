@@ -47,15 +47,20 @@ def check(folder: Path, config: Training) -> None:
         found = read_json(written)
         if not isinstance(found, dict):
             raise ValueError(f"{written} holds no settings; give this run another --name")
-        found = config.young() | found
-        shaping = (settings.keys() | found.keys()) - {"out", "cache"}
-        changed = sorted(k for k in shaping if settings.get(k) != found.get(k))
-        if changed:
-            raise ValueError(
-                f"{folder} holds a run with another {', '.join(changed)}; give this one another --name or --out"
-            )
+        if told := _differing(config.young() | found, settings):
+            raise ValueError(f"{folder} holds a run with {told}; give this one another --name or --out")
     elif folder.exists() and {p.name for p in folder.iterdir() if not p.name.startswith(".")} - {"config.json"}:
         raise ValueError(f"{folder} exists and is no run of ours; give another --name or --out")
+
+
+def _differing(found: dict[str, Any], asked: dict[str, Any]) -> str:
+    """The settings of a folder's run that are not those asked for: "epochs 5 instead of 3, branches 1 instead of 2"."""
+    methods = [one.get("method") if isinstance(one.get("method"), dict) else {} for one in (found, asked)]
+    before, now = ({**one, "method": method.get("name")} for one, method in zip((found, asked), methods, strict=True))
+    if before["method"] == now["method"]:
+        before, now = ({**method, **one} for one, method in zip((before, now), methods, strict=True))
+    changed = sorted(k for k in (before.keys() | now.keys()) - {"out", "cache"} if before.get(k) != now.get(k))
+    return ", ".join(f"{k} {str(before.get(k))[:40]} instead of {str(now.get(k))[:40]}" for k in changed)
 
 
 def claim(folder: Path, config: Training) -> None:

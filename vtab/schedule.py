@@ -16,6 +16,7 @@ import capavision as cv
 from vtab.training import Training
 
 MOMENTUM = 0.9  # of SGD
+SHORTEST = 2  # of one step timm warns that its rate never falls; the first of two has the same
 
 
 def make_optimizer(model: nn.Module, config: Training, fused: bool) -> torch.optim.Optimizer:
@@ -58,6 +59,6 @@ def _decay(optimizer: torch.optim.Optimizer, config: Training, total: int, warmu
 
     rise = {"warmup_t": warmup, "warmup_lr_init": config.lr_start, "t_in_epochs": config.schedule == "epoch"}
     if config.decay == "cosine":
-        return CosineLRScheduler(optimizer, t_initial=total, lr_min=config.lr_min, **rise)
-    falling = max(total - warmup, 1)
+        return CosineLRScheduler(optimizer, t_initial=max(total, SHORTEST), lr_min=config.lr_min, **rise)
+    falling = max(total - warmup, SHORTEST)
     return PolyLRScheduler(optimizer, falling, power=1.0, lr_min=config.lr_min, warmup_prefix=True, **rise)

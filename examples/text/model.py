@@ -1,5 +1,6 @@
 """Encoder, head and tokenizer of a text run."""
 
+import importlib.util
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from export.cli import first_line
 from export.text import CODELESS, build, location, quiet
 
 
@@ -43,7 +45,10 @@ def load_tokenizer(model: str) -> Any:
     from transformers import AutoConfig, AutoTokenizer
 
     with quiet(model):
-        tokenizer = AutoTokenizer.from_pretrained(location(model), **CODELESS)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(location(model), **CODELESS)
+        except (ValueError, ImportError) as error:
+            raise ValueError(_unread(model, error)) from error
         pad = AutoConfig.from_pretrained(location(model), **CODELESS).pad_token_id
     if not tokenizer.is_fast:
         raise ValueError(
@@ -54,6 +59,16 @@ def load_tokenizer(model: str) -> Any:
     if tokenizer.pad_token is None:
         raise ValueError(f"the tokenizer of {model} has no padding token; add one, and save model and tokenizer anew")
     return tokenizer
+
+
+def _unread(model: str, error: Exception) -> str:
+    told = f"the tokenizer of {model} cannot be read"
+    if importlib.util.find_spec("sentencepiece"):
+        return f"{told} ({first_line(error)}); save the model's own tokenizer into its folder"
+    return (
+        f"{told}: it has no tokenizer.json; if it is SentencePiece's (spm.model, as DeBERTa's), that takes "
+        "sentencepiece and protobuf: pip install 'capavision[text]'"
+    )
 
 
 def build_model(text: Mapping[str, Any], folder: Path, seed: int) -> nn.Module:

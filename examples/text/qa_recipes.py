@@ -1,7 +1,7 @@
 """CapaBoost's own settings on SQuAD as recipes: what its authors' four scripts train with.
 
     python -m examples.question_answering --recipe capaboost-lora-deberta-squad      other flags override it
-    python -m examples.text.recipes                                                  the table
+    python -m examples.text.recipes                                                  all of them
 
 Source: LINs-lab/CapaBoost, scripts/, commit a0d9963; CapaBoost, arXiv 2407.01320. Their run_qa.py looks at SQuAD's
 development split, the one that is reported, after every epoch.

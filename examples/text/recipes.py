@@ -1,6 +1,6 @@
 """CapaBoost's own settings on GLUE as recipes: what its authors' scripts train with, as defaults of the flags here.
 
-    python -m examples.text.recipes                                            the table
+    python -m examples.text.recipes                                            all of them
     python -m examples.text_classification --recipe capaboost-lora-deberta-rte      other flags override it
 
 Source: LINs-lab/CapaBoost, scripts/, commit a0d9963; CapaBoost, arXiv 2407.01320. A recipe sets how to train, never how
@@ -10,7 +10,7 @@ split, which they report; those of run_glue.py on texts that they do not report.
 
 from typing import Any
 
-from vtab.recipes import Recipe, table
+from vtab.recipes import Recipe, listing
 
 SOURCE = "LINs-lab/CapaBoost scripts/"
 SAME = "the best epoch on GLUE's validation split, by that split"
@@ -125,12 +125,12 @@ if __name__ == "__main__":
     from vtab.cli import Parser, run
 
     def main(argv: list[str] | None = None) -> str:
-        """Print the table."""
+        """Print them."""
         from examples.text.qa_recipes import RECIPES as OF_SQUAD
 
         description = "CapaBoost's recipes on GLUE and SQuAD."
         Parser(prog="python -m examples.text.recipes", description=description).parse_args(argv)
-        print(text := table(RECIPES | OF_SQUAD))
+        print(text := listing(RECIPES | OF_SQUAD))
         return text
 
     run(main)
