@@ -13,10 +13,9 @@ from torch import nn
 
 import capavision as cv
 from benchmarks import step
-from benchmarks.tables import check_counts, check_names, table
+from benchmarks.tables import add_timed, check_counts, check_names, machine, table
 from export.bench import interleaved
 from vtab import cli, setup
-from vtab.record import environment
 
 
 def plain(model: nn.Module) -> nn.Module:
@@ -68,13 +67,7 @@ def forward(case: str, options: argparse.Namespace) -> Callable[[], None]:
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = cli.Parser(prog="python -m benchmarks.evaluation", description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default="vit_tiny_patch16_224")
-    parser.add_argument("--img-size", type=int)
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--cases", help="with semicolons (default: all)")
-    parser.add_argument("--rounds", type=int, default=30)
-    parser.add_argument("--threads", type=int, default=1, help="of a CPU")
-    parser.add_argument("--device", default=None)
+    add_timed(parser, cases="with semicolons (default: all)")
     options = check_counts(parser.parse_args(argv), "batch", "rounds", "threads")
     options.cases = options.cases.split(";") if options.cases else list(CASES)
     check_names("--cases", options.cases, CASES)
@@ -93,11 +86,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         low, ratios[case], high = np.percentile(times[case] / times["plain"], [25, 50, 75])
         rows.append((case, f"{np.median(times[case]):.1f}", f"{ratios[case]:.3f} ({low:.3f} … {high:.3f})"))
     print(table(("case", "batch, ms", "of the plain model (quartiles)"), rows))
-    env = environment(device)
-    print(
-        f"{options.model}, batch {options.batch}, {options.rounds} rounds; {env['device']}, "
-        f"{torch.get_num_threads()} threads, torch {env['torch']}, timm {env['timm']}, commit {env['commit']}"
-    )
+    print(f"{options.model}, batch {options.batch}, {options.rounds} rounds; {machine(device, 'peft')}")
     return ratios
 
 

@@ -17,10 +17,9 @@ import torch
 from torch import nn
 
 import capavision as cv
-from benchmarks.tables import check_counts, table
+from benchmarks.tables import check_counts, machine, table
 from capavision.masks import packed
 from vtab.cli import Parser, run
-from vtab.record import environment
 from vtab.setup import pick_device
 
 METHODS: dict[str, tuple[cv.Method, str | None]] = {
@@ -78,11 +77,7 @@ def main(argv: list[str] | None = None) -> None:
             kilobytes = (file.stat().st_size - size) / 1024
             rows.append((name, *spread, f"{size / 1024:,.0f} + {kilobytes:.0f} KB"))
     print(table(("method", *(f"{step}, ms" for step in STEPS), "file: values + the rest"), rows))
-    env = environment(device)
-    print(
-        f"{options.model}, {options.rounds} rounds; {env['device']}, {env['threads']} threads, torch {env['torch']}, "
-        f"timm {env['timm']}, commit {env['commit']}"
-    )
+    print(f"{options.model}, {options.rounds} rounds; {machine(device)}")
 
 
 if __name__ == "__main__":

@@ -20,12 +20,11 @@ import torch.nn.functional as F
 from torch import nn
 
 import capavision as cv
-from benchmarks.tables import check_counts, check_names, table
+from benchmarks.tables import add_timed, check_counts, check_names, machine, table
 from export.bench import interleaved
 from vtab import cli, setup
 from vtab.evaluate import PRECISIONS, autocast
 from vtab.prefix import FrozenPrefix
-from vtab.record import environment
 
 CAPABOOST = cv.LoRA(rank=8, branches=2)
 LATE = ("blocks.[6-9].attn.qkv", "blocks.1?.attn.qkv")  # of a ViT of 12 blocks, the last 6
@@ -182,17 +181,12 @@ def trainee(case: str, options: argparse.Namespace) -> Trainee:
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = cli.Parser(prog="python -m benchmarks.step", description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default="vit_tiny_patch16_224")
-    parser.add_argument("--img-size", type=int)
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--cases", default="vit", help=f"one of the sets {', '.join(SETS)}, or names with semicolons")
-    parser.add_argument("--rounds", type=int, default=30)
-    parser.add_argument("--threads", type=int, default=1, help="of a CPU")
+    add_timed(parser, cases=f"one of the sets {', '.join(SETS)}, or names with semicolons (default: vit)")
     parser.add_argument("--precision", choices=PRECISIONS, default="auto", help="of products, as of vtab.train")
     parser.add_argument("--compile", action="store_true", help="torch.compile every case")
-    parser.add_argument("--device", default=None)
     options = check_counts(parser.parse_args(argv), "batch", "rounds", "threads")
-    options.cases = SETS.get(options.cases) or tuple(options.cases.split(";"))
+    named = options.cases or "vit"
+    options.cases = SETS.get(named) or tuple(named.split(";"))
     check_names("--cases", options.cases, CASES)
     return options
 
@@ -212,24 +206,10 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         spread = f"{ratios[case]:.3f} ({low:.3f} … {high:.3f})"
         rows.append((case, f"{each.values:,}", f"{np.median(times[case]):.1f}", spread, f"{share:.3f}"))
     print(table(("case", "trained", "step, ms", "of the floor (quartiles)", "memory, of the floor's"), rows))
-    env = environment(device)
     shape = "" if options.img_size is None else f" at {options.img_size}"
     how = f"precision {options.precision}{', compiled' if options.compile else ''}"
-    print(
-        f"{options.model}{shape}, batch {options.batch}, {options.rounds} rounds, {how}; "
-        f"{env['device']}, {torch.get_num_threads()} threads, torch {env['torch']}, timm {env['timm']}, "
-        f"peft {_version('peft')}, commit {env['commit']}"
-    )
+    print(f"{options.model}{shape}, batch {options.batch}, {options.rounds} rounds, {how}; {machine(device, 'peft')}")
     return ratios
-
-
-def _version(name: str) -> str:
-    from importlib import metadata
-
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return "absent"
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import argparse
 import datetime
 from collections.abc import Collection, Iterable, Sequence
 from importlib.metadata import version
+from importlib.util import find_spec
 
 import torch
 
@@ -39,6 +40,25 @@ def measured(command: str, seconds: float, packages: Sequence[str] = ("timm",)) 
         f"`{command}`, {datetime.date.today():%d %B %Y}: {seconds / 60:.0f} minutes on {env['threads']} thread of a "
         f"{env['device']}; {versions}, commit {env['commit']}."
     )
+
+
+def machine(device: torch.device, *packages: str) -> str:
+    """Device, threads, versions of torch, timm and `packages`, and the commit, on one line."""
+    env = environment(device)
+    others = "".join(f", {name} {version(name) if find_spec(name) else 'absent'}" for name in packages)
+    versions = f"torch {env['torch']}, timm {env['timm']}{others}"
+    return f"{env['device']}, {env['threads']} threads, {versions}, commit {env['commit']}"
+
+
+def add_timed(parser: argparse.ArgumentParser, cases: str) -> None:
+    """The flags of a model's cases that are timed in rounds: --cases, whose help `cases` is, and what each runs on."""
+    parser.add_argument("--model", default="vit_tiny_patch16_224")
+    parser.add_argument("--img-size", type=int)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--cases", help=cases)
+    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--threads", type=int, default=1, help="of a CPU")
+    parser.add_argument("--device", default=None)
 
 
 def add_methods(parser: argparse.ArgumentParser) -> None:

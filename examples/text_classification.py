@@ -35,8 +35,7 @@ COMMAND = Command(
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Train as the command line says, or go on where the same command stopped; returns result.json, or with --seeds
     the mean and spread of several."""
-    configs = seeds.commands(COMMAND, argv)
-    return run(configs[0]) if len(configs) == 1 else seeds.run_all(configs, lambda config, _: run(config))
+    return seeds.train(COMMAND, argv, run)
 
 
 if __name__ == "__main__":

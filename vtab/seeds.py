@@ -53,6 +53,16 @@ def parse(text: str) -> list[int]:
     return found
 
 
+def train(command: Command, argv: list[str] | None, run: Callable[..., dict[str, Any]]) -> dict[str, Any]:
+    """What a training command does: the run of its one seed, or with --seeds all of them.
+
+    Returns:
+        result.json, or what `run_all` says of several.
+    """
+    configs = commands(command, argv)
+    return run(configs[0]) if len(configs) == 1 else run_all(configs, run)
+
+
 def run_all(configs: list[Any], run: Callable[..., dict[str, Any]]) -> dict[str, Any]:
     """All runs one after another; with --tune the search happens once, in the first one's folder.
 
@@ -61,8 +71,8 @@ def run_all(configs: list[Any], run: Callable[..., dict[str, Any]]) -> dict[str,
     """
     results: list[dict[str, Any]] = []
     for config in configs:
-        known = results[0]["tuning"] if results and config.tune else None
-        results.append(run(config, known))
+        known = [results[0]["tuning"]] if results and config.tune else []
+        results.append(run(config, *known))
     summary = summarise(results)
     print(told(configs[0], summary))
     return summary

@@ -21,8 +21,7 @@ from vtab.setup import Setup, prepare
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Train as the command line says, or go on where the same command stopped; returns result.json, or with --seeds
     the mean and spread of several."""
-    configs = seeds.commands(TRAIN, argv)
-    return run(configs[0]) if len(configs) == 1 else seeds.run_all(configs, run)
+    return seeds.train(TRAIN, argv, run)
 
 
 def run(config: Config, tuning: dict[str, Any] | None = None) -> dict[str, Any]:
