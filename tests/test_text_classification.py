@@ -5,6 +5,7 @@ import csv
 import json
 import os
 import random
+import re
 import runpy
 import shutil
 import signal
@@ -242,6 +243,22 @@ def test_a_finished_run_is_not_trained_again_and_other_settings_are_refused(fini
     assert (folder / "adapter.safetensors").stat().st_mtime_ns == before
     said = refused(capsys, [*command, "--out", str(folder.parent), "--name", "a", "--max-length", "8"])
     assert "holds a run with branches 2 instead of 1, density 0.5 instead of 1.0, max_length 16 instead of 8" in said
+
+
+def test_a_run_on_a_file_that_changed_is_another_one(command, tmp_path, capsys):
+    own = tmp_path / "own.csv"
+    shutil.copyfile(command[command.index("--data") + 1], own)
+    argv = [*command, "--data", str(own), "--out", str(tmp_path / "runs")]
+    first = text_classification.main(argv)
+    assert text_classification.main(argv) == json.loads(json.dumps(first))
+    lines = own.read_text().splitlines()
+    own.write_text("\n".join([*lines[:-1], lines[-1].replace("w", "v")]) + "\n")
+    text_classification.main(argv)
+    assert len(list((tmp_path / "runs").iterdir())) == 2
+    run(argv, tmp_path, "--name", "a")
+    own.write_text("\n".join(lines) + "\n")
+    said = refused(capsys, [*argv, "--out", str(tmp_path), "--name", "a"])
+    assert re.search(r"holds a run with contents own\.csv \w{12} instead of own\.csv \w{12}; give", said)
 
 
 def test_numbers_are_learned_and_judged_by_correlation(command, tmp_path, capsys):

@@ -74,5 +74,9 @@ class QuestionAnswering(TextTraining):
         """The training questions' name in records: of a file its own."""
         return self.data or (self.train.name if self.train else "")
 
+    @property
+    def files(self) -> tuple[Path, ...]:
+        return tuple(filter(None, (self.train, self.dev if self.stage == "final" else None)))
+
     def title(self) -> str:
         return f"{self.task.replace('.', '-')}-{Path(self.model).name}-{self.method.name}"

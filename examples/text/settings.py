@@ -1,9 +1,12 @@
 """The settings of text runs, beside those that every training has."""
 
+import functools
+import hashlib
+from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from capavision.targets import near
 from examples.text.metrics import METRICS
@@ -35,6 +38,25 @@ class TextTraining(Training):
     def judge(self) -> str:
         """The split that judges the run."""
         return "val" if self.stage == "tune" else "test"
+
+    @property
+    @abstractmethod
+    def files(self) -> tuple[Path, ...]:
+        """One's own files with the data."""
+
+    @functools.cached_property
+    def contents(self) -> str | None:
+        """What the files hold, in short: a run is another one where they changed. None without files."""
+        there = [file for file in self.files if file.is_file()]
+        digests = [f"{file.name} {hashlib.sha256(file.read_bytes()).hexdigest()[:12]}" for file in there]
+        return ", ".join(digests) or None
+
+    def record(self) -> dict[str, Any]:
+        return super().record() | {"contents": self.contents}
+
+    @classmethod
+    def young(cls) -> dict[str, Any]:
+        return super().young() | {"contents": None}
 
     def check(self) -> None:
         """Raise ValueError, with the cure, for the first setting that cannot be."""
@@ -99,6 +121,10 @@ class Classification(TextTraining):
     def is_file(self) -> bool:
         """Is the data a file of one's own?"""
         return Path(self.data).suffix.lower() in (".csv", ".tsv")
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        return (Path(self.data), *filter(None, [self.test_data])) if self.is_file else ()
 
     def title(self) -> str:
         return f"{self.task.replace('/', '-').replace('.', '-')}-{Path(self.model).name}-{self.method.name}"
