@@ -84,14 +84,19 @@ def build(info: Mapping[str, Any], folder: Path) -> nn.Module:
             config.id2label, config.label2id = dict(enumerate(names)), {name: i for i, name in enumerate(names)}
         if architecture.endswith("ForQuestionAnswering"):
             config.num_labels = 2  # start and end, whatever the checkpoint was fine-tuned for before
-        model, loaded = kind.from_pretrained(
-            source,
-            config=config,
-            dtype=torch.float32,
-            use_safetensors=True,
-            ignore_mismatched_sizes=True,
-            output_loading_info=True,
-        )
+        try:
+            model, loaded = kind.from_pretrained(
+                source,
+                config=config,
+                dtype=torch.float32,
+                use_safetensors=True,
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+            )
+        except (RuntimeError, MemoryError) as error:
+            raise ValueError(
+                f"{text['model']} cannot be built ({first_line(error)}); does its config.json fit its weights?"
+            ) from error
     _declare_head(model, {*loaded["missing_keys"], *(key for key, *_ in loaded["mismatched_keys"])}, text["model"])
     return model.eval()
 
@@ -112,7 +117,7 @@ def quiet(model: str) -> Iterator[None]:
     """Within it transformers prints nothing, asks the hub once, and says in a line what is nowhere to be had.
 
     Raises:
-        ValueError: no such model here or on the hub, or none with safetensors that are whole.
+        ValueError: no such model here or on the hub, an adapter instead, or no safetensors that are whole.
     """
     from transformers.utils import logging
 
@@ -121,6 +126,7 @@ def quiet(model: str) -> Iterator[None]:
     logging.disable_progress_bar()
     try:
         with asked_once():
+            _refuse_adapter(model)
             yield
     except OSError as error:
         raise ValueError(_absent(model, str(error))) from error
@@ -132,6 +138,17 @@ def quiet(model: str) -> Iterator[None]:
         logging.set_verbosity(verbosity)
         if bars:
             logging.enable_progress_bar()
+
+
+def _refuse_adapter(model: str) -> None:
+    """Raise ValueError for an adapter in HF PEFT's format: transformers would load its base, and wrap that."""
+    from transformers.utils import find_adapter_config_file
+
+    if find_adapter_config_file(location(model)) is not None:
+        raise ValueError(
+            f"{model} is an adapter of HF PEFT, not a model: name its base, or save the two merged (merge_and_unload, "
+            "save_pretrained)"
+        )
 
 
 def _absent(model: str, told: str) -> str:

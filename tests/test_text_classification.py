@@ -946,6 +946,20 @@ def test_a_configuration_that_fetches_kernels_is_refused(asked, copy_of, command
     assert f"asks for {next(iter(asked))}" in said
 
 
+def test_an_adapter_in_the_place_of_a_model_is_refused(copy_of, command, tmp_path, capsys):
+    folder = copy_of("config.json")
+    (folder / "adapter_config.json").write_text('{"peft_type": "LORA", "base_model_name_or_path": "x"}')
+    said = refused(capsys, [*command, "--model", str(folder), "--out", str(tmp_path / "runs")])
+    assert f"{folder} is an adapter of HF PEFT, not a model: name its base" in said
+
+
+def test_a_configuration_that_no_memory_holds_is_refused(copy_of, command, tmp_path, capsys):
+    folder = copy_of("config.json", vocab_size=10**13)
+    said = refused(capsys, [*command, "--model", str(folder), "--out", str(tmp_path / "runs")])
+    assert f"{folder} cannot be built (" in said
+    assert "does its config.json fit its weights?" in said
+
+
 @pytest.mark.parametrize("pad", [None, 7], ids=["none", "another than the tokenizer's"])
 def test_a_decoders_answer_depends_on_no_padding(pad, reviews, command, tmp_path):
     """Such a model finds a text's last token by its own padding token."""
