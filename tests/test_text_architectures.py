@@ -52,7 +52,6 @@ BERT = {
     "attention": "attention.self",
     "qv": ["query", "value"],
     "ends": ["attention.output.dense", "output.dense"],
-    "refused": ["parallel"],
 }
 CLIP = {"attention": "self_attn", "qv": ["q_proj", "v_proj"], "ends": ["self_attn", "mlp"], "head": []}
 VIT = {"attention": "attention", "qv": ["q_proj", "v_proj"], "ends": ["attention", "mlp"]}
@@ -92,7 +91,7 @@ CASES = {
         "attention.self",
         ["query_proj", "value_proj"],
         BERT["ends"],
-        ["parallel", "prefix"],
+        ["prefix"],
         ["classifier", "pooler"],
     ),
     "distilbert": Case(
@@ -109,7 +108,6 @@ CASES = {
         "attention",
         ["query", "value"],
         ["attention", "ffn_output"],
-        ["parallel"],
         hosts=1,
     ),
     "electra": Case(NARROW, "electra.encoder.layer.0", **BERT),
@@ -119,7 +117,7 @@ CASES = {
         "attention.attn",
         ["q", "v"],
         ["attention.attn", "output.dense"],
-        ["parallel", "prefix"],
+        ["prefix"],
     ),
     "modernbert": Case(
         TEXT | {"cls_token_id": 1, "sep_token_id": 2}, "model.layers.0", "attn", ["Wqkv"], ["attn", "mlp"], parts="qv"
@@ -138,8 +136,7 @@ CASES = {
         "self_attn",
         ["q_proj", "v_proj"],
         ["self_attn", "fc2"],
-        ["parallel"],
-        ["classification_head"],
+        head=["classification_head"],
         hosts=6,  # a decoder's layer has two
     ),
     "clip_text_model": Case(TEXT, "encoder.layers.0", **CLIP),
