@@ -109,7 +109,7 @@ def build(
     base, slots = _common_base(sources), _slots(sources)
     openings = _openings(sources, base, slots)
     with new_folder(out) as work:
-        proto, base_sha256 = _graph(base, slots, openings, sources, opset)
+        proto, base_sha256 = _graph(base, slots, openings, next(iter(sources.values())), opset)
         manifest = head_of("split", proto, sources) | {"base_sha256": base_sha256, "slots": list(openings)}
         (work / "adapters").mkdir()
         for name, source in sources.items():
@@ -245,18 +245,12 @@ def _values(source: Source, slots: dict[str, Slot], openings: dict[str, Opening]
 
 
 def _graph(
-    base: nn.Module,
-    slots: dict[str, dict[str, Slot]],
-    openings: dict[str, Opening],
-    sources: dict[str, Source],
-    opset: int | None,
+    base: nn.Module, slots: dict[str, dict[str, Slot]], openings: dict[str, Opening], first: Source, opset: int | None
 ) -> tuple[onnx.ModelProto, str]:
     """The base graph with its slots, and the checksum of its weights."""
-    model, first = copy.deepcopy(base), next(iter(sources.values()))
-    plans = [plan for source in sources.values() for plan in injections(source.model)]
-    starts = {host: start for plan in plans for host, start in plan.starts.items()}
+    model = copy.deepcopy(base)
     for host, slot in {host: slot for each in slots.values() for host, slot in each.items()}.items():
-        hosting.attach(model, host, copy.deepcopy(slot), starts.get(host))
+        hosting.attach(model, host, copy.deepcopy(slot))
     inputs = {
         name: (opening.example(), {} if opening.axis is None else {opening.axis: opening.symbol})
         for name, opening in openings.items()
