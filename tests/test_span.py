@@ -423,9 +423,11 @@ LIES = {
 }
 
 
-@pytest.mark.parametrize("lie", [*LIES, "a start of no host", "no list of starts"])
+@pytest.mark.parametrize("lie", [*LIES, "a start of no host", "no names at all", "a start of a LoRA"])
 def test_a_file_that_lies_about_its_starts_is_refused(model, lie, tmp_path):
     path, fresh = tmp_path / "it.safetensors", base()
+    if "LoRA" in lie:
+        cv.inject(cv.remove(model), cv.LoRA(rank=2), list(STARTS))
     cv.save(model, path)
     with safe_open(path, "pt") as file:
         metadata = json.loads(file.metadata()["capavision"])
@@ -433,12 +435,20 @@ def test_a_file_that_lies_about_its_starts_is_refused(model, lie, tmp_path):
     if lie in LIES:
         plan["starts"] = {name: LIES[lie][0](name) for name in STARTS}
     else:
-        plan["starts"] = {"bert.pooler": "bert.embeddings"} if "host" in lie else [1]
+        others = {"a start of no host": {"bert.pooler": "bert.embeddings"}, "a start of a LoRA": STARTS}
+        plan["starts"] = others.get(lie, [1])
     save_file(load_file(path), path, {"capavision": json.dumps(metadata)})
     before = snapshot(fresh)
     with pytest.raises(ValueError, match=LIES.get(lie, ("", "damaged"))[1]):
         cv.load(path, fresh)
     assert_unchanged(fresh, before)
+
+
+def test_a_start_that_carries_a_delta_of_a_fold_is_refused(model, tmp_path):
+    cv.save(model, tmp_path / "it.safetensors")
+    other = cv.fold(beside(base(), targets="*intermediate.dense"))
+    with pytest.raises(ValueError, match=r"intermediate\.dense already carries a delta"):
+        cv.load(tmp_path / "it.safetensors", other)
 
 
 def test_a_start_that_was_replaced_is_noticed(model, tmp_path):
