@@ -212,7 +212,9 @@ What else to know:
   SiglipForImageClassification, which does not use it, adapters have a host there that trains in vain.
 - **Prefix** needs torch's scaled_dot_product_attention: deberta-v2, mpnet and bloom compute their softmax by themselves
   and are refused, as is any model set to "eager". T5 calls it in transformers 5.
-- **parallel** runs beside an MLP that is one module. BERT's is two, `intermediate` and `output`, and BART's is none."""
+- **parallel** runs beside the MLP. Where this is two Linears in no module of their own (BERT's `intermediate.dense`
+  and `output.dense`, BART's `fc1` and `fc2`), its host is the second, and its x the first one's input. Target that same
+  name, or the group "mlp". The first one then takes no delta of its own, as no module takes two."""
 
 
 def main(argv: Sequence[str] | None = None) -> list[Row]:

@@ -1,7 +1,6 @@
 """Finds MLPs and blocks in a model, and where attention and MLP end, by looking at names, shapes and declarations."""
 
 import re
-from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
@@ -51,6 +50,15 @@ def stacked(model: nn.Module) -> list[str]:
 
 def ends(model: nn.Module) -> list[str]:
     """What each attention and each MLP returns, before the residual sum: the module itself, or its last projection."""
+    return _attention_ends(model) + mlp_ends(model)
+
+
+def mlp_ends(model: nn.Module) -> list[str]:
+    """What each MLP returns: the module itself, or where none is a module the ends of `spans`."""
+    return mlps(model) or list(spans(model))
+
+
+def _attention_ends(model: nn.Module) -> list[str]:
     outside = _outside_attentions(model)
     owners = []
     for owner in attentions(model):
@@ -58,17 +66,25 @@ def ends(model: nn.Module) -> list[str]:
         beside = [layer for layer in outside if around and layer.startswith(f"{around}.")]
         alone = len(beside) == 1 and isinstance(model.get_submodule(beside[0]), nn.Linear)
         owners.append(beside[0] if alone else owner)  # BERT's attention.self has its projection beside it
-    return owners + (mlps(model) or _mlp_ends(model, [layer for layer in outside if layer not in owners]))
+    return owners
 
 
-def _mlp_ends(model: nn.Module, layers: Sequence[str]) -> list[str]:
-    """The second of two layers that widen and narrow again what a block passes on: BERT's output.dense, BART's fc2."""
-    found = []
+def spans(model: nn.Module) -> dict[str, str]:
+    """The MLPs of a model in which none is a module, by their ends, each with its start.
+
+    They are two layers that widen and narrow again what a block passes on: BERT's output.dense with intermediate.dense,
+    BART's fc2 with fc1.
+    """
+    found: dict[str, str] = {}
+    if mlps(model):
+        return found
+    of_attentions = _attention_ends(model)
+    layers = [layer for layer in _outside_attentions(model) if layer not in of_attentions]
     for block in _around_attentions(model):
         own = [layer for layer in layers if layer.startswith(f"{block}.")]
         shapes = [weight_of(model.get_submodule(layer)).shape for layer in own]
         if len(own) == 2 and shapes[0] == shapes[1][::-1]:
-            found.append(own[1])
+            found[own[1]] = own[0]
     return found
 
 
@@ -126,12 +142,13 @@ def _is_list(module: nn.Module) -> bool:
 def group(model: nn.Module, name: str, placement: type) -> list[str] | None:
     """The hosts of a named group, or None if `name` is not one: attention, mlp, linear, conv, all."""
     if placement is not WeightDelta:
-        return {"attention": attentions, "mlp": mlps, "block": blocks}.get(name, lambda _: None)(model)
+        return {"attention": attentions, "mlp": mlp_ends, "block": blocks}.get(name, lambda _: None)(model)
     hosts = weighted(model)
     inside = {"attention": attentions, "mlp": mlps}
     if name in inside:
         owners = tuple(f"{owner}." for owner in inside[name](model))
-        return [host for host in hosts if host.startswith(owners)]
+        pairs = [layer for pair in spans(model).items() for layer in pair] if name == "mlp" else []
+        return [host for host in hosts if host.startswith(owners) or host in pairs]
     if name in ("linear", "conv"):
         return [host for host, module in hosts.items() if isinstance(module, nn.Linear) == (name == "linear")]
     return list(hosts) if name == "all" else None

@@ -8,16 +8,23 @@ import torch
 from torch import Tensor, nn
 
 from capavision.attention import is_weighted
-from capavision.delta import adapted, chosen, input_name
+from capavision.delta import adapted, chosen, first_input, input_name
+from capavision.span import Span
 
 Example = Tensor | Mapping[str, Any]  # one input batch; a mapping is passed to the model as keywords
 
 
 def measure(
-    model: nn.Module, hosts: Iterable[str], example: Example | None, *, named: bool = True
+    model: nn.Module,
+    hosts: Iterable[str],
+    example: Example | None,
+    *,
+    named: bool = True,
+    starts: Mapping[str, str] | None = None,
 ) -> dict[str, tuple[int, int, int]]:
     """Channels out and in and the channel axis of each block, seen in one forward pass without gradient.
 
+    Where `starts` names another module for a block, the input is that module's, which must run once before the block.
     Channels in are 0 where the input is no tensor that matches the output place by place: a block that downsamples.
     A block whose adapted output the model never uses is refused where it was `named`, else left out.
     """
@@ -33,7 +40,7 @@ def measure(
             raise ValueError(f"{name} returns {type(y).__name__}, to which nothing can be added; name its modules")
         shapes[name] = (x.shape if isinstance(x, Tensor) else torch.Size([0]), y.shape)
 
-    with _hooked(model, hosts, note):
+    with _hooked(model, hosts, note, starts or {}):
         run_once(model, example)
     unseen = [name for name in hosts if name not in shapes]
     if unseen:
@@ -56,7 +63,7 @@ def _unheard(model: nn.Module, blocks: Iterable[str], example: Example | None) -
 
         return adapted(x, output, zeros)
 
-    with _hooked(model, blocks, probe):
+    with _hooked(model, blocks, probe, {}):
         output = run_once(model, example, gradient=True)
     ends = [end.sum() for end in _tensors(output) if end.requires_grad]
     grads = torch.autograd.grad(ends, [zero for _, zero in probes], allow_unused=True) if ends else [None] * len(probes)
@@ -73,19 +80,33 @@ def _tensors(output: Any) -> Iterator[Tensor]:
 
 
 @contextlib.contextmanager
-def _hooked(model: nn.Module, names: Iterable[str], hook: Callable[[str, Any, Any], Any]) -> Iterator[None]:
-    """While this lasts, hook(name, x, output) runs after each of the modules."""
+def _hooked(
+    model: nn.Module, names: Iterable[str], hook: Callable[[str, Any, Any], Any], starts: Mapping[str, str]
+) -> Iterator[None]:
+    """While this lasts, hook(name, x, output) runs after each of the modules; x may be the input of its start."""
+    spans = {name: Span(start, name) for name, start in starts.items()}
+
+    def before(span: Span) -> Any:
+        module = model.get_submodule(span.start)
+        called = input_name(type(module))
+
+        def see(_: nn.Module, args: Any, kwargs: Any) -> None:
+            if span.holds:
+                raise ValueError(f"{span.start} runs twice before {span.end}, so no one input is that of both")
+            span.put(first_input(called, args, kwargs))
+
+        return module.register_forward_pre_hook(see, with_kwargs=True)
 
     def after(name: str) -> Any:
-        block = model.get_submodule(name)
+        block, span = model.get_submodule(name), spans.get(name)
         called = input_name(type(block))
 
         def see(_: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-            return hook(name, args[0] if args else kwargs.get(called), output)
+            return hook(name, span.take() if span else first_input(called, args, kwargs), output)
 
         return block.register_forward_hook(see, with_kwargs=True)
 
-    handles = [after(name) for name in names]
+    handles = [*map(before, spans.values()), *map(after, names)]
     try:
         yield
     finally:

@@ -193,6 +193,11 @@ def input_name(block: type) -> str:
     return next(itertools.islice(parameters, 1, None), "")
 
 
+def first_input(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What a module is called with first, by place or as `name`."""
+    return args[0] if args else kwargs.get(name)
+
+
 def chosen(x: Any, outputs: Sequence[Any]) -> int:
     """Which of a block's outputs is adapted: the first, but not an input that is only passed on (coat's x1)."""
     return next((i for i, y in enumerate(outputs) if y is not x), 0)
@@ -243,6 +248,10 @@ class Method:
 
     def targets(self, model: nn.Module) -> dict[str, str | None]:
         """Default hosts of this method in `model`: qualified name -> parts to adapt, None for all of it."""
+        return {}
+
+    def starts(self, model: nn.Module) -> dict[str, str]:
+        """Of an OutputDelta's possible hosts in `model` those whose x is another module's input: that module."""
         return {}
 
     def trains(self, model: nn.Module) -> list[str]:

@@ -34,7 +34,7 @@ def fold(model: nn.Module) -> nn.Module:
     refuse_sharded(inner, _ELSEWHERE)
     for host in [m for m in inner.modules() if isinstance(getattr(m, hosting.SLOT, None), Delta)]:
         hosting.fold(host)
-    _release(inner, keep=Delta)
+    _release(inner, keep_deltas=True)
     return model
 
 
@@ -69,7 +69,7 @@ def take_out(model: nn.Module) -> None:
     _release(model)
 
 
-def _release(model: nn.Module, keep: type | None = None) -> None:
+def _release(model: nn.Module, keep_deltas: bool = False) -> None:
     if plans := injections(model):
         newer = tuple(f"{name}." for name in whole_head(model, {*plans[0].hosts, *plans[0].head}))
         before = set(plans[0].frozen)
@@ -77,5 +77,5 @@ def _release(model: nn.Module, keep: type | None = None) -> None:
             p.requires_grad_(name in before or name.startswith(newer))
         delattr(model, RECORD)
     for module in list(model.modules()):
-        if keep is None or not isinstance(getattr(module, hosting.SLOT, None), keep):
+        if not (keep_deltas and hosting.serves(module)):
             hosting.detach(module, model.training)

@@ -17,6 +17,16 @@ How it works:
             y = Mlp.forward(self, x, *args, **kwargs)
             return y + self.delta(x, y)
 
+    class TappedLinear(nn.Linear):            # the first of two modules that stand for a block, see capavision.span
+        def forward(self, x):
+            self._span.put(x)
+            return nn.Linear.forward(self, x)
+    class SpanningLinear(nn.Linear):          # the second: its x is what the first was given
+        def forward(self, h):
+            x = self._span.take()
+            y = nn.Linear.forward(self, h)
+            return y + self.delta(x, y)
+
     class PrefixedAttention(Attention):       # an attention: its one softmax sees more keys and values
         def forward(self, *args, **kwargs):
             with Prepend(*self.delta()):          # refused if no softmax came by: transformers' switch to "eager"
@@ -39,11 +49,13 @@ from torch.fx import Proxy
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from capavision import merged
-from capavision.delta import AttentionDelta, Delta, OutputDelta, WeightDelta, adapted, input_name
+from capavision.delta import AttentionDelta, Delta, OutputDelta, WeightDelta, adapted, first_input, input_name
 from capavision.softmax import Prepend, other_softmax
+from capavision.span import Span
 from capavision.wrappers import is_sharded
 
 SLOT = "delta"
+_SPAN = "_span"
 
 
 def _base_weight(host: Any, traced: Any) -> Tensor:
@@ -128,9 +140,16 @@ def _weight_body(base: type) -> dict[str, Any]:
 
 def _output_body(base: type) -> dict[str, Any]:
     name = input_name(base)
+    return _added(base, lambda _, args, kwargs: first_input(name, args, kwargs))
 
+
+def _spanning_body(base: type) -> dict[str, Any]:
+    return _added(base, lambda host, *_: host._span.take())
+
+
+def _added(base: type, read: Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]) -> dict[str, Any]:
     def forward(host: Any, *args: Any, **kwargs: Any) -> Any:
-        x = args[0] if args else kwargs.get(name)
+        x = read(host, args, kwargs)
         y = base.forward(host, *args, **kwargs)  # type: ignore[attr-defined]
         return adapted(x, y, lambda y: host.delta(x, y))
 
@@ -141,6 +160,16 @@ def _output_body(base: type) -> dict[str, Any]:
 
 def _links(host: Any) -> Iterator[nn.Module]:
     return (module for name, module in host._modules.items() if name != SLOT)
+
+
+def _tapped_body(base: type) -> dict[str, Any]:
+    name = input_name(base)
+
+    def forward(host: Any, *args: Any, **kwargs: Any) -> Any:
+        host._span.put(first_input(name, args, kwargs))
+        return base.forward(host, *args, **kwargs)  # type: ignore[attr-defined]
+
+    return {"forward": forward}
 
 
 def _prefixed_body(base: type) -> dict[str, Any]:
@@ -178,6 +207,8 @@ def _masked_body(base: type) -> dict[str, Any]:
 _BODIES: dict[str, Callable[[type], dict[str, Any]]] = {
     "Adapted": _weight_body,
     "Extended": _output_body,
+    "Tapped": _tapped_body,
+    "Spanning": _spanning_body,
     "Prefixed": _prefixed_body,
     "Frozen": _frozen_body,
     "Masked": _masked_body,
@@ -211,23 +242,50 @@ def is_swapped(module: nn.Module) -> bool:
     return "_base" in type(module).__dict__
 
 
-def attach(host: nn.Module, delta: Delta) -> None:
-    """Give `host` a delta and the class that uses it. The host must not have one yet."""
+def attach(model: nn.Module, name: str, delta: Delta, start: str | None = None) -> None:
+    """Give the module `name` a delta and the class that uses it. It must not have one yet.
+
+    Where the delta reads the input of another module, `start`, that one gets its class, too.
+    """
+    host = model.get_submodule(name)
     assert not is_swapped(host)
     setattr(host, SLOT, delta.train(host.training))
-    kinds = {"Adapted": WeightDelta, "Extended": OutputDelta, "Prefixed": AttentionDelta}
-    _swap(host, next(kind for kind, placement in kinds.items() if isinstance(delta, placement)))
+    if start is None:
+        kinds = {"Adapted": WeightDelta, "Extended": OutputDelta, "Prefixed": AttentionDelta}
+        _swap(host, next(kind for kind, placement in kinds.items() if isinstance(delta, placement)))
+        return
+    span = Span(start, name)
+    for module, kind in ((model.get_submodule(start), "Tapped"), (host, "Spanning")):
+        assert not is_swapped(module)
+        module.__dict__[_SPAN] = span
+        _swap(module, kind)
+
+
+def spanned(module: nn.Module) -> Span | None:
+    """The span that the module starts or ends, if any."""
+    return module.__dict__.get(_SPAN)
+
+
+def joined(start: nn.Module, host: nn.Module) -> bool:
+    """Whether they start and end one span."""
+    span = spanned(start)
+    return span is not None and span is spanned(host)
+
+
+def serves(module: nn.Module) -> bool:
+    """Whether the module carries a delta, or starts the span of one."""
+    return isinstance(getattr(module, SLOT, None), Delta) or spanned(module) is not None
 
 
 def detach(module: nn.Module, training: bool) -> None:
     """Give `module` its own class back and drop its delta; a frozen norm goes back to the model's mode, `training`."""
     if is_swapped(module):
         module.__class__ = type(module)._base  # type: ignore[attr-defined]
+        module.__dict__.pop(_SPAN, None)
         if isinstance(getattr(module, SLOT, None), Delta):
             delattr(module, SLOT)
-        else:
-            trained_before = module.__dict__.pop("_trained_before")
-            module.train(training and trained_before)
+        elif "_trained_before" in module.__dict__:
+            module.train(module.__dict__.pop("_trained_before") and training)
 
 
 def fold(host: nn.Module) -> None:

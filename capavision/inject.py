@@ -14,7 +14,7 @@ from capavision.channels import Example, measure
 from capavision.delta import AttentionDelta, Delta, Method, OutputDelta, Rows, Site, WeightDelta
 from capavision.learned import MASK_RATIO, factors, share
 from capavision.softmax import look
-from capavision.targets import Parts, Spans, Targets, choose
+from capavision.targets import Parts, Spans, Targets, choose, starts
 from capavision.tying import tied
 from capavision.wrappers import RECORD, bare, refuse_sharded
 
@@ -36,6 +36,7 @@ class Injection:
     originals: dict[str, Tensor] = field(default_factory=dict, repr=False, compare=False)  # what `trained` were before
     frozen: tuple[str, ...] = ()  # the parameters that were trainable before
     freeze_norm: bool = True
+    starts: dict[str, str] = field(default_factory=dict)  # of hosts whose x is another module's input: that module
 
 
 @dataclass(frozen=True)
@@ -189,9 +190,10 @@ def inject(
         raise ValueError("the model is tied, and a tied model trains all of itself; capavision.fold(model) first")
     refuse_stray(model)
     hosts = choose(model, method, targets, parts)
+    begins = starts(model, method, hosts)
     placed, named = {}, targets is not None
     if method.placement is OutputDelta:
-        placed = measure(model, hosts, example, named=named)
+        placed = measure(model, hosts, example, named=named, starts=begins)
     if method.placement is AttentionDelta:
         placed = _attentions(model, hosts, example, named=named)
     if method.placement in (OutputDelta, AttentionDelta):
@@ -202,7 +204,8 @@ def inject(
         raise ValueError(f"{type(model).__name__} has no classifier, so {type(method).__name__} has nothing to train")
     if not freeze_norm:
         trained += hosting.batch_norm_statistics(model)
-    plan = Injection(method, seed, hosts, placed, head, trained, freeze_norm=freeze_norm)
+    begins = {name: start for name, start in begins.items() if name in hosts}
+    plan = Injection(method, seed, hosts, placed, head, trained, freeze_norm=freeze_norm, starts=begins)
     apply(model, plan)
     return _report(model, plan)
 
@@ -246,7 +249,7 @@ def apply(model: nn.Module, plan: Injection) -> None:
     originals = {name: _spare(own[name].detach()) for name in plan.trained}
     plan = replace(plan, frozen=frozen, originals=originals)
     for name, delta in deltas.items():
-        hosting.attach(model.get_submodule(name), delta)
+        hosting.attach(model, name, delta, plan.starts.get(name))
     if plan.freeze_norm:
         hosting.freeze_batch_norm(model)
     setattr(model, RECORD, [*injections(model), plan])
@@ -286,6 +289,18 @@ def _build(model: nn.Module, plan: Injection, name: str) -> Delta:
         raise ValueError(f"{name} ({type(host).__name__}{shape}): {error}") from error
 
 
+def _apart(start: str, name: str) -> str:
+    """What of `start` is not also the beginning of `name`.
+
+    >>> _apart("layer.0.intermediate.dense", "layer.0.output.dense")
+    'intermediate.dense'
+    """
+    parts, others = start.split("."), name.split(".")
+    while len(parts) > 1 and parts[:1] == others[:1]:
+        parts, others = parts[1:], others[1:]
+    return ".".join(parts)
+
+
 def _report(model: nn.Module, plan: Injection) -> Report:
     rows = []
     learned = [f for name in plan.hosts for f in factors(getattr(model.get_submodule(name), hosting.SLOT)).values()]
@@ -294,6 +309,8 @@ def _report(model: nn.Module, plan: Injection) -> Report:
         host = model.get_submodule(name)
         base = type(host).__mro__[1].__name__
         shape = f" {tuple(weight_of(host).shape)}" if plan.method.placement is WeightDelta else ""
+        if name in plan.starts:
+            shape = f", x of {_apart(plan.starts[name], name)}"
         values = sum(p.numel() for p in getattr(host, hosting.SLOT).parameters() if p not in shared)
         rows.append((name, base + shape, ", ".join(parts), values))
     own = dict(model.named_parameters())

@@ -64,7 +64,8 @@ def check(path: str | os.PathLike[str], metadata: dict[str, Any]) -> None:
 def to_json(plan: Injection, model: nn.Module) -> dict[str, Any]:
     """An injection as a file has it."""
     plan = dataclasses.replace(plan, head=whole_head(model, plan.hosts))  # reset_classifier may have changed it
-    fields = {f.name: getattr(plan, f.name) for f in dataclasses.fields(plan) if f.name not in ("frozen", "originals")}
+    left_out = {"frozen", "originals"} | (set() if plan.starts else {"starts"})
+    fields = {f.name: getattr(plan, f.name) for f in dataclasses.fields(plan) if f.name not in left_out}
     return {**fields, "method": {"name": plan.method.name, **dataclasses.asdict(plan.method)}}  # type: ignore[call-overload]
 
 
@@ -89,7 +90,8 @@ def from_json(plan: dict[str, Any], path: str | os.PathLike[str]) -> Injection:
     axes = {host: _whole(sizes, 3) for host, sizes in plan["axes"].items()}
     head, trained = _names(plan["head"]), _names(plan.get("trained", []))
     (seed,) = _whole([plan["seed"]], 1)
-    return Injection(method, seed, hosts, axes, head, trained, freeze_norm=bool(plan["freeze_norm"]))
+    starts = dict(zip(plan.get("starts", {}), _names([*plan.get("starts", {}).values()]), strict=True))
+    return Injection(method, seed, hosts, axes, head, trained, freeze_norm=bool(plan["freeze_norm"]), starts=starts)
 
 
 def _whole(values: Any, count: int) -> Any:
@@ -117,6 +119,11 @@ def refuse_misplaced(path: str | os.PathLike[str], model: nn.Module, plans: list
                 _check_rows(path, name, parts, len(weight_of(host)))
             elif placement not in (OutputDelta, AttentionDelta) or parts or not _fits(plan, name):
                 raise damaged(path, f"{plan.method.name} has no place at {name}, a {type(host).__name__}")
+    for plan in plans:
+        for name, start in plan.starts.items():
+            if name not in plan.hosts or plan.method.placement is not OutputDelta or start in taken:
+                raise damaged(path, f"{start} cannot be where the x of {name} comes from")
+            taken.add(start)
 
 
 def _fits(plan: Injection, name: str) -> bool:

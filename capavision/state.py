@@ -179,9 +179,9 @@ def describe(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 def _check_replaced(model: nn.Module) -> None:
     """Raise ValueError if a file could not bring the model back: a host or a frozen norm was replaced after inject."""
-    for name in _lost(model):
+    for name, what in _lost(model).items():
         raise ValueError(
-            f"{name} has lost its delta: the module was replaced or taken out after inject, and the file would not "
+            f"{name} has lost its {what}: the module was replaced or taken out after inject, and the file would not "
             "load; do that first (reset_classifier, prune_intermediate_layers, reparameterize_model), then inject"
         )
     refuse_stray(model)
@@ -195,11 +195,15 @@ def _check_replaced(model: nn.Module) -> None:
             )
 
 
-def _lost(model: nn.Module) -> list[str]:
-    """The hosts that carry no delta any more."""
+def _lost(model: nn.Module) -> dict[str, str]:
+    """The hosts that carry no delta any more, and where x no longer comes from there, the starts; each with what."""
     modules = dict(model.named_modules())
     hosts = [name for plan in injections(model) for name in plan.hosts]
-    return [name for name in hosts if not isinstance(getattr(modules.get(name), hosting.SLOT, None), Delta)]
+    lost = {name: "delta" for name in hosts if not isinstance(getattr(modules.get(name), hosting.SLOT, None), Delta)}
+    for name, start in [pair for plan in injections(model) for pair in plan.starts.items()]:
+        if name not in lost and (start not in modules or not hosting.joined(modules[start], modules[name])):
+            lost[start] = f"link to the adapter of {name}"
+    return lost
 
 
 def _factors(model: nn.Module) -> list[masks.Factor]:
@@ -321,14 +325,16 @@ def _check_fit(
         )
     modules = dict(model.named_modules())
     values = base_tensors(model) if any(plan.trained for plan in plans) else {}
-    missing = [name for plan in plans for name in [*plan.hosts, *plan.head] if name not in modules]
+    missing = [
+        name for plan in plans for name in [*plan.hosts, *plan.starts.values(), *plan.head] if name not in modules
+    ]
     missing += [name for plan in plans for name in plan.trained if name not in values]
     if missing:
         base = metadata["base"]["model"] if metadata["base"] else "another model"
         raise ValueError(
             f"{path} adapts {missing[0]!r}, which {type(model).__name__} lacks; it was made for {base}{_AS_IT_WAS}"
         )
-    for name in [name for plan in plans for name in plan.hosts]:
+    for name in [name for plan in plans for name in [*plan.hosts, *plan.starts.values()]]:
         refuse_taken(model, name)
     if check_base and not metadata.get("tyings"):
         _check_base(path, metadata["fingerprint"], fingerprint(model, tensors), type(model).__name__)

@@ -24,7 +24,7 @@ from capavision.attention import query_value_hosts
 from capavision.checks import nonzero, one_of
 from capavision.delta import Delta, OutputDelta, Site, WeightDelta
 from capavision.merged import Contraction
-from capavision.placement import ACTIVATIONS, PLACES, inputs
+from capavision.placement import ACTIVATIONS, PLACES, inputs, starts
 
 ON_WEIGHTS = "weight"
 ALIVE_AT_ZERO = {name: act for name, act in ACTIVATIONS.items() if name != "relu"}
@@ -77,6 +77,9 @@ class Structured(ABC):
         if self.where == ON_WEIGHTS:
             return query_value_hosts(model)
         return dict.fromkeys(PLACES[self.where](model))
+
+    def starts(self, model: nn.Module) -> dict[str, str]:
+        return starts(model, self.where)
 
     def build(self, site: Site) -> Delta:
         if self.where == ON_WEIGHTS:

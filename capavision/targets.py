@@ -3,7 +3,7 @@
 import difflib
 import fnmatch
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 from torch import nn
@@ -54,6 +54,18 @@ def choose(model: nn.Module, method: Method, targets: Targets, parts: Parts) -> 
     return {name: _rows(model, name, parts if parts is not None else default) for name, default in defaults.items()}
 
 
+def starts(model: nn.Module, method: Method, hosts: Collection[str]) -> dict[str, str]:
+    """Of those hosts whose delta reads another module's input: that module, which must carry none itself."""
+    found = {name: start for name, start in method.starts(model).items() if name in hosts}
+    for name, start in found.items():
+        if start in hosts:
+            raise ValueError(
+                f"{start} and {name} are one MLP, beside which {name} takes the adapter; leave {start} out of targets"
+            )
+        refuse_taken(model, start)
+    return found
+
+
 def _hostless(model: nn.Module, method: Method) -> str:
     name, kind = type(model).__name__, type(method).__name__
     if method.placement is AttentionDelta:
@@ -65,7 +77,7 @@ def _hostless(model: nn.Module, method: Method) -> str:
     missing, where = f"{name} has no default host for {kind}", getattr(method, "where", "")
     places = [f"where={place!r}" for place, find in PLACES.items() if where in PLACES and find(model)]
     if places:
-        why = ", whose MLPs are no modules of their own" if where == "parallel" else ""
+        why = ", for no MLP is found in it" if where == "parallel" else ""
         return f"{missing}(where={where!r}){why}; take {' or '.join(places)}, or name targets"
     if method.placement is WeightDelta and (strangers := _strangers(model)):
         return f"{missing}, only {', '.join(strangers)}; {REPLACE}, or use an adapter or a prefix"
@@ -128,6 +140,11 @@ def _suggest(pattern: str, modules: dict[str, nn.Module]) -> str:
 def refuse_taken(model: nn.Module, name: str) -> None:
     """Raise ValueError if the module `name` cannot take a delta: one of its own, an attribute of that name, a list."""
     host = model.get_submodule(name)
+    if (span := hosting.spanned(host)) and span.start == name:
+        raise ValueError(
+            f"{name} gives its input to the adapter of {span.end} and takes no delta besides; capavision.remove(model) "
+            "takes the deltas out"
+        )
     if hosting.is_swapped(host):
         raise ValueError(
             f"{name} already carries a delta; capavision.remove(model) takes the deltas out, capavision.fold(model) "

@@ -250,7 +250,7 @@ def _graph(
     """The base graph with its slots, and the checksum of its weights."""
     model = copy.deepcopy(base)
     for host, slot in {host: slot for each in slots.values() for host, slot in each.items()}.items():
-        hosting.attach(model.get_submodule(host), copy.deepcopy(slot))
+        hosting.attach(model, host, copy.deepcopy(slot))
     inputs = {
         name: (opening.example(), {} if opening.axis is None else {opening.axis: opening.symbol})
         for name, opening in openings.items()

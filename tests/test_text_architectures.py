@@ -15,13 +15,15 @@ import capavision as cv
 from benchmarks import text_architectures
 from benchmarks.text_architectures import ARCHITECTURES, build
 from capavision.attention import classifier, query_value_hosts
-from capavision.blocks import ends
+from capavision.blocks import ends, spans
 from capavision.inject import injections
 from tests.conftest import (
+    answer,
     assert_moved,
     assert_unchanged,
     awaken,
     awaken_deltas,
+    deltas,
     outputs,
     seeded,
     snapshot,
@@ -52,7 +54,6 @@ BERT = {
     "attention": "attention.self",
     "qv": ["query", "value"],
     "ends": ["attention.output.dense", "output.dense"],
-    "refused": ["parallel"],
 }
 CLIP = {"attention": "self_attn", "qv": ["q_proj", "v_proj"], "ends": ["self_attn", "mlp"], "head": []}
 VIT = {"attention": "attention", "qv": ["q_proj", "v_proj"], "ends": ["attention", "mlp"]}
@@ -92,7 +93,7 @@ CASES = {
         "attention.self",
         ["query_proj", "value_proj"],
         BERT["ends"],
-        ["parallel", "prefix"],
+        ["prefix"],
         ["classifier", "pooler"],
     ),
     "distilbert": Case(
@@ -109,7 +110,6 @@ CASES = {
         "attention",
         ["query", "value"],
         ["attention", "ffn_output"],
-        ["parallel"],
         hosts=1,
     ),
     "electra": Case(NARROW, "electra.encoder.layer.0", **BERT),
@@ -119,7 +119,7 @@ CASES = {
         "attention.attn",
         ["q", "v"],
         ["attention.attn", "output.dense"],
-        ["parallel", "prefix"],
+        ["prefix"],
     ),
     "modernbert": Case(
         TEXT | {"cls_token_id": 1, "sep_token_id": 2}, "model.layers.0", "attn", ["Wqkv"], ["attn", "mlp"], parts="qv"
@@ -138,8 +138,7 @@ CASES = {
         "self_attn",
         ["q_proj", "v_proj"],
         ["self_attn", "fc2"],
-        ["parallel"],
-        ["classification_head"],
+        head=["classification_head"],
         hosts=6,  # a decoder's layer has two
     ),
     "clip_text_model": Case(TEXT, "encoder.layers.0", **CLIP),
@@ -186,12 +185,12 @@ METHODS = {
     "pfeiffer": (cv.Adapter(rank=4, branches=2, activation="gelu"), None),
     "houlsby": (cv.Adapter(rank=4, branches=2, activation="silu", where="houlsby"), None),
     "parallel": (cv.Adapter(rank=4, branches=2, activation="gelu", where="parallel"), None),
+    "parallel, structured": (cv.Toeplitz(where="parallel"), None),
     "prefix": (cv.Prefix(length=3, branches=2), None),
 }
 REFUSED = {
     "LoRA": "GPT2ForSequenceClassification has no default host for LoRA, only Conv1D; put nn.Linears that compute the",
     "LoRA of every Linear": "'linear' matches no Linear .*, only Conv1D; put nn.Linears that compute the same",
-    "parallel": r"\(where='parallel'\), whose MLPs are no modules of their own; take where='pfeiffer' or where='houl",
     "prefix": r"computes its softmax in a way of its own \(no scaled_dot_product_attention in its forward\)",
 }
 
@@ -380,7 +379,11 @@ OF_BERT = Layer(
     up="intermediate.dense",
     down="output.dense",
     last="output.LayerNorm",
-    places={"pfeiffer": ("",), "houlsby": ("attention.output.dense", "output.dense")},
+    places={
+        "pfeiffer": ("",),
+        "houlsby": ("attention.output.dense", "output.dense"),
+        "parallel": ("output.dense",),
+    },
 )
 OF_DISTILBERT = Layer(
     out="attention.out_lin",
@@ -442,6 +445,35 @@ def test_adapters_stand_where_the_papers_have_them(name, place):
     with torch.no_grad():
         expected = layer_by_hand(layer, names, place, seen["x"], seen["context"])
     torch.testing.assert_close(seen["y"], expected, rtol=1e-10, atol=1e-10)
+
+
+SPANNED = {
+    **dict.fromkeys(["bert", "roberta", "xlm-roberta", "deberta-v2", "electra", "mpnet"], "intermediate.dense"),
+    **{"albert": "ffn", "bart": "fc1"},
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_an_mlp_that_is_no_module_is_spanned_and_trains(name):
+    """From the first of its layers to the second, in the encoders where it is two."""
+    model, case = tiny(name), CASES[name]
+    assert spans(model).get(f"{case.block}.{case.ends[-1]}") == (
+        f"{case.block}.{SPANNED[name]}" if name in SPANNED else None
+    )
+    if name not in SPANNED:
+        assert not spans(model)
+        return
+    cv.inject(model, METHODS["parallel"][0], example=example(model))
+    assert injections(model)[0].starts == spans(model)
+    goal = seeded(lambda: torch.randn_like(outputs(model, example(model))))
+    optimizer = torch.optim.Adam([p for delta in deltas(model).values() for p in delta.parameters()], lr=1e-2)
+    losses = []
+    for _ in range(8):
+        losses.append(F.mse_loss(answer(model, example(model)), goal))
+        optimizer.zero_grad()
+        losses[-1].backward()
+        optimizer.step()
+    assert losses[-1] < 0.95 * losses[0]
 
 
 # Prefixes ------------------------------------------------------------------------------------------------------------

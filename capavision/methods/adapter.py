@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from capavision.checks import nonzero, one_of, whole
 from capavision.delta import Method, OutputDelta, Site
 from capavision.masks import Factor, Sharing
-from capavision.placement import ACTIVATIONS, PLACES, inputs
+from capavision.placement import ACTIVATIONS, PLACES, inputs, starts
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,9 @@ class Adapter(Sharing, Method):
 
     def targets(self, model: nn.Module) -> dict[str, str | None]:
         return dict.fromkeys(PLACES[self.where](model))
+
+    def starts(self, model: nn.Module) -> dict[str, str]:
+        return starts(model, self.where)
 
     def build(self, site: Site) -> "Bottleneck":
         down = self.factor(site.uniform("D", self.rank, inputs(site, self.where)), site.key("D"), dim=0)
