@@ -636,16 +636,16 @@ def test_older_records_count_images_whatever_they_are(tmp_path):
 @pytest.mark.parametrize(
     ("files", "names"),
     [
-        (("a/train.json", "b/train.json"), {"train in a", "train in b"}),
-        (("train.json", "b/train.json"), {"train, data d00000", "train, data d11111"}),
-        (("x/a/train.json", "y/a/train.json"), {"train, data d00000", "train, data d11111"}),
+        ({"a/train.json": 0, "b/train.json": 1}, {"train in a", "train in b"}),
+        ({"train.json": 0, "b/train.json": 1}, {"train, data d00000", "train, data d11111"}),
+        ({"x/a/train.json": 0, "y/a/train.json": 1}, {"train, data d00000", "train, data d11111"}),
+        ({"a/train.json": 0, "b/train.json": 0, "c/train.json": 1}, {"train, data d00000", "train, data d11111"}),
     ],
-    ids=["folders", "no folder", "folders of one name"],
+    ids=["folders", "no folder", "folders of one name", "copies"],
 )
 def test_two_files_of_one_name_are_two_tasks(files, names, tmp_path):
-    for number, file in enumerate(files):
-        data = {"digest": f"d{number}" + f"{number}" * 8}
-        fake_texts(tmp_path, "train", 600 + number, number, config={"train": file}, data=data)
+    for seed, (file, number) in enumerate(files.items()):
+        fake_texts(tmp_path, "train", 600, seed, config={"train": file}, data={"digest": "d" + 9 * str(number)})
     rows, _ = rows_of(tmp_path)
     assert {task for row in rows for task in row.cells} == names
 

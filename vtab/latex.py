@@ -11,7 +11,8 @@ def render(blocks: Sequence[Block]) -> str:
 
 
 def _tabular(block: Block) -> str:
-    names = [f"\\rotatebox{{90}}{{{escape(MEANS.get(c) or paper_name(c))}}}" for c in block.columns]
+    names = [escape(name) for name in (*(MEANS.get(c) or paper_name(c) for c in block.columns), "Trained")]
+    names = [f"\\rotatebox{{90}}{{{name}}}" if block.upright else name for name in names]
     body = []
     for index, line in enumerate(block.lines):
         if index and block.lines[index - 1].ours and not line.ours:
@@ -27,7 +28,7 @@ def _tabular(block: Block) -> str:
             rf"\begin{{tabular}}{{l{'c' * len(block.columns)}r}}",
             r"\toprule",
             *_over(block),
-            " & ".join(["Method", *names, r"\rotatebox{90}{Trained}"]) + r" \\",
+            " & ".join(["Method", *names]) + r" \\",
             r"\midrule",
             *body,
             r"\bottomrule",
@@ -61,7 +62,8 @@ def _notes(table: Sequence[Line]) -> list[str]:
 def _figure(figure: Figure | None) -> str:
     if figure is None:
         return "--"
-    value = f"\\textbf{{{figure.value:.1f}}}" if figure.best else f"{figure.value:.1f}"
+    value = f"{figure.value:.1f}".replace("-", "$-$")
+    value = f"\\textbf{{{value}}}" if figure.best else value
     spread = "" if figure.std is None else f"\\,{{\\tiny$\\pm${figure.std:.1f}}}"
     marks = escape(" ".join(part for part in (figure.mark, figure.caveat) if part))
     return value + (f"\\textsuperscript{{{marks}}}" if marks else "") + spread

@@ -91,6 +91,11 @@ class Block:
         return [note for note, needed in told.items() if needed]
 
     @property
+    def upright(self) -> bool:
+        """Are the columns so many that their headings must stand upright?"""
+        return len(self.columns) > 6
+
+    @property
     def firsts(self) -> list[str]:
         """The columns that begin a group."""
         return [*(tasks[0] for tasks in self.groups.values()), *list(self.averages)[:1]]

@@ -120,11 +120,10 @@ def _table(lines: Sequence[Line], columns: Sequence[Column], width: int) -> Any:
     from rich.table import Table
     from rich.text import Text
 
-    least = _label(lines, width)
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=0)
-    table.add_column("method", overflow="fold", min_width=least)
+    table.add_column("method", overflow="fold", min_width=_label(lines, width))
     for column in columns:
-        table.add_column(column.heading, justify="right", overflow="fold", max_width=width - least - 1)
+        table.add_column(column.heading, justify="right", overflow="fold")
     for index, line in enumerate(lines):
         if index and lines[index - 1].ours and not line.ours:
             table.add_section()
