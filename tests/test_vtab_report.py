@@ -12,10 +12,11 @@ from collections import Counter
 from importlib import resources
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 
-from vtab import charts, cli, mistakes, report, tables, terminal
+from vtab import charts, cli, mistakes, plots, report, tables, terminal
 from vtab.averages import VTAB, averages
 from vtab.evaluate import Accuracy
 from vtab.gather import read_all
@@ -348,6 +349,7 @@ DAMAGE = {
     "nan": (broken_result(lambda r: r.update(accuracy=float("nan"))), "accuracy nan %"),
     "too good": (broken_result(lambda r: r.update(accuracy=101.0)), "accuracy 101.0 %"),
     "no whole number": (broken_result(lambda r: r.update(accuracy=50.05)), "no whole number of images"),
+    "both words": (broken_result(lambda r: r.update(images=1000, examples="9")), "no valid 'examples': '9'"),
     "no images": (broken_result(lambda r: r.update(examples=0)), "over 0 images"),
     "no method": (broken_result(lambda r: r["config"].pop("method")), "no valid 'config.method': None"),
     "endless number": (broken_result(lambda r: r.update(examples=10**40)), "a number of 41 digits"),
@@ -696,10 +698,39 @@ def test_mistakes_are_on_the_page_and_damaged_ones_are_left_out(tmp_path):
     assert "Who &lt;b&gt;?" in page.read_text()
     assert "1 of 1 mistakes" in page.read_text()
     assert "long " * 70 not in page.read_text()
+    path.write_text('"id","question","expected","given","f1"\n')
+    report.main([str(tmp_path)])
+    assert "No mistakes." in page.read_text()
     for content in (b"\xff", b'"id","question\n', b""):
         path.write_bytes(content)
         report.main([str(tmp_path)])
         assert "mistakes, the worst first" not in page.read_text()
+
+
+def test_a_curve_shows_whatever_of_a_run_is_known(tmp_path, monkeypatch):
+    shown = []
+    monkeypatch.setattr(plots, "_write", lambda figure, path: shown.append(figure))
+    history = [{"epoch": 1, "loss": 4.0, "val_score": -30.0}, {"epoch": 2, "loss": 3.0, "val_score": -20.0}]
+    lines = {"accuracy": "training", "val_score": "val"}
+    plots.curve(tmp_path, history, ("val", 2, -20.0), "stars", "pearson", "mean squared error", lines)
+    left, right = shown[0].axes
+    assert {line.get_label(): line.get_xydata().tolist() for line in right.lines} == {
+        "val": [[1, -30], [2, -20]], "val: -20.0 %": [[2, -20]],
+    }  # fmt: skip
+    assert (left.get_ylabel(), right.get_ylabel()) == ("training loss (mean squared error)", "pearson (%)")
+    assert right.get_ylim()[0] < -30
+    plt.close(shown[0])
+
+
+def test_names_with_dollars_are_no_formulas(tmp_path):
+    names = ["$5", "$10 to $20", "$\\frac$", "\\"]
+    fake_texts(tmp_path, "$a$b_{.csv", 700, text={"labels": names}, method="lora $r$ x^{")
+    report.main([str(tmp_path)])
+    history = [{"epoch": 1, "loss": 1.0}]
+    plots.curve(tmp_path / "curve.png", history, ("test", 1, 50.0), "$a$b_{.csv")
+    image = np.zeros((2, 4, 4, 3), np.uint8)
+    plots.predictions(tmp_path / "a.png", image, np.array([0, 1]), np.array([[0.1, 0.9]] * 2), names, "$a_{$")
+    assert (tmp_path / "a.png").is_file()
 
 
 def test_the_confusions_of_texts_have_the_names_of_their_classes(tmp_path, monkeypatch):

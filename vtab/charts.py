@@ -39,6 +39,7 @@ STYLE = {
     "axes.spines.right": False,
     "svg.hashsalt": "vtab",  # the same runs give the same bytes
     "svg.fonttype": "path",
+    "text.parse_math": False,  # names may hold dollars
 }
 COLUMNS, WIDTH = 3, 12.4  # panels side by side; inches, the page's width
 NAMES = 44  # letters beside a panel
@@ -256,7 +257,7 @@ def _panels(
 def _cut(name: str, most: int) -> str:
     """
     >>> _cut("lora r8, judged on val200, lr 0.001", 20)
-    'lora r8, j…lr 0.001'
+    'lora r8, j… lr 0.001'
     """
     half = most // 2
     return name if len(name) <= most else f"{name[:half]}…{name[1 - half :]}"

@@ -144,7 +144,7 @@ def _check(result: Any) -> None:
         raise ValueError("result.json holds control characters, which would steer the terminal")
     judged_by = metric(result)
     figure = "accuracy" if judged_by == ACCURACY else "score"
-    count = "images" if "images" in result else "examples"
+    count = "images" if "images" in result and "examples" not in result else "examples"
     for name, kind in (NEEDED | {figure: int | float, count: int} | OPTIONAL).items():
         *parents, last = name.split(".")
         place = result

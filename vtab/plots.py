@@ -52,7 +52,7 @@ def curve(
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
         axes.xaxis.get_major_locator().set_params(integer=True)
-    figure.suptitle(title, fontsize=10)
+    figure.suptitle(title, fontsize=10, parse_math=False)  # names may hold dollars
     _write(figure, path)
 
 
@@ -79,8 +79,8 @@ def predictions(
         if guess != label:
             text += f", is {classes[label]}"
         axes.imshow(image)
-        axes.set_title(text, fontsize=8, color="black" if guess == label else "tab:red")
-    figure.suptitle(title, fontsize=10)
+        axes.set_title(text, fontsize=8, color="black" if guess == label else "tab:red", parse_math=False)
+    figure.suptitle(title, fontsize=10, parse_math=False)  # names may hold dollars
     _write(figure, path)
 
 
