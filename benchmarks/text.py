@@ -20,6 +20,7 @@ from benchmarks.tables import check_counts, check_names, table
 from examples import text_classification
 from vtab.cli import Parser, run
 from vtab.evaluate import Accuracy
+from vtab.runs import examples
 
 TASK = ["--data", "rotten_tomatoes", "--model", "demo", "--max-length", "64", "--batch-size", "16"]
 ARMS: dict[str, list[str]] = {
@@ -54,7 +55,7 @@ def row(arm: str, options: argparse.Namespace) -> tuple[str, ...]:
     lr = chosen(arm, options)
     flags = [*ARMS[arm], "--lr", str(lr), "--test-limit", str(options.test)]
     runs = [train(f"{arm}-s{seed}", options, [*flags, "--seed", str(seed)]) for seed in range(options.seeds)]
-    scores, count = [result["score"] for result in runs], runs[0]["images"]
+    scores, count = [result["score"] for result in runs], examples(runs[0])
     low, high = Accuracy(round(fmean(scores) * count / 100), count).interval
     return (
         arm,

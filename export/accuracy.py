@@ -39,7 +39,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         if run.get("data_root") and not args.data_root:
             raise ValueError(f"{error}; if the images lie elsewhere now, name --data-root") from error
         raise
-    split = data.splits[judged.get("split", "test")].head(args.test_limit or judged.get("images"))
+    split = data.splits[judged.get("split", "test")].head(args.test_limit or _examples(judged))
     predicted = np.concatenate([*(_whole if preprocess else _squashed)(args.package, runtime, split)])
     score = splits.score(int((predicted == split.labels).sum()), len(split))
     result = {
@@ -70,6 +70,11 @@ def _recorded(run: Path, runtime: Classifier) -> dict[str, Any]:
     return read_json(run / "result.json") if (run / "result.json").is_file() else {}
 
 
+def _examples(judged: dict[str, Any]) -> int | None:
+    """How many images the run was judged on; older records call them so."""
+    return judged.get("examples", judged.get("images"))
+
+
 def _squashed(package: Path, runtime: Classifier, split: "Split") -> Iterator[np.ndarray]:
     for pixels, _ in split.batches(runtime.preprocessor["size"]["height"], splits.BATCH):
         yield runtime.logits(pixels).argmax(1)
@@ -85,7 +90,7 @@ def _whole(package: Path, runtime: Classifier, split: "Split") -> Iterator[np.nd
 
 def _pytorch(run: Path, judged: dict[str, Any], predicted: np.ndarray) -> dict[str, Any]:
     """What the run recorded of PyTorch, and on how many images the package decides the same."""
-    found = {key: judged[key] for key in ("accuracy", "interval95", "images")}
+    found = {key: judged[key] for key in ("accuracy", "interval95")} | {"images": _examples(judged)}
     same, said = None, "which predictions.npz does not tell image by image"
     file = run / "predictions.npz"
     if file.is_file():

@@ -399,7 +399,7 @@ def test_preprocessing_in_the_graph_decides_as_pillow_does(package, tmp_path, ca
 def test_the_exported_model_is_as_right_as_pytorch_was(package, run, tmp_path, capsys):
     recorded = read_json(run / "result.json")
     result = accuracy.main([str(package), "--run", str(run), "--json", str(tmp_path / "a.json")])
-    assert result["images"] == recorded["images"] == 797
+    assert result["images"] == recorded["examples"] == 797
     assert result["accuracy"] == pytest.approx(recorded["accuracy"], abs=0.2)
     assert result["pytorch"]["same_class"] >= 795
     assert result["interval95"][0] < result["accuracy"] < result["interval95"][1]

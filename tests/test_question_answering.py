@@ -1,5 +1,6 @@
 """Extractive question answering: SQuAD's files, windows and labels, the best spans, its official scores."""
 
+import csv
 import dataclasses
 import importlib.util
 import itertools
@@ -17,7 +18,9 @@ import torch
 
 import capavision as cv
 from vtab import cli
+from vtab.gather import read_all
 from vtab.loop import Loop
+from vtab.rows import arrange
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
@@ -468,6 +471,8 @@ def test_logits_of_the_labels_decode_to_full_marks(mini, tokenizer):
 
 FILES = {"config.json", "metrics.jsonl", "adapter.safetensors", "result.json", ".lock", "model_config"}
 FILES |= {"tokenizer.json", "tokenizer_config.json", "predictions.json", "nbest_predictions.json", "null_odds.json"}
+FILES |= {"curve.png", "wrong_answers.csv"}
+pytestmark = pytest.mark.usefixtures("no_pictures")  # only of `finished` they are drawn
 
 
 @pytest.fixture(scope="module")
@@ -525,9 +530,40 @@ def test_the_official_form_scores_as_the_record_says(finished, mini):
     assert result["data"]["judged_contexts_in_training"] == 3
     assert result["selection"]["looks_at_test"] == 1
     assert result["text"] == {
-        "model": result["config"]["model"], "architecture": "BertForQuestionAnswering", "task": "2.0.json",
+        "model": result["config"]["model"], "architecture": "BertForQuestionAnswering", "task": "2.0",
         "max_length": 48, "stride": 16, "pair": True,
     }  # fmt: skip
+
+
+def test_wrong_answers_are_a_table_for_people_the_worst_first(finished, mini):
+    folder, result = finished
+    with (folder / "wrong_answers.csv").open(encoding="utf-8", newline="") as file:
+        header, *rows = csv.reader(file)
+    assert header == ["id", "question", "expected", "given", "f1"]
+    said, known = told(folder / "predictions.json"), {question.id: question for question in mini.questions}
+    right = {q.id for q in mini.questions if any(answers.exact_match(said[q.id], g) for g in answers.golds(q, "2.0"))}
+    assert {key for key, *_ in rows} == known.keys() - right
+    assert 0 < len(rows) == round(13 * (1 - result["accuracy"] / 100))
+    for key, text, expected, given, f1 in rows:
+        golds = answers.golds(known[key], "2.0")
+        assert (text, given, expected.split(" | ")) == (known[key].text, said[key], golds)
+        assert float(f1) == pytest.approx(100 * max(answers.f1(given, gold) for gold in golds), abs=0.05)
+    assert [float(row[4]) for row in rows] == sorted(float(row[4]) for row in rows)
+    assert (folder / "curve.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_two_files_of_one_name_are_not_one_task(place, tmp_path, mini):
+    shorter = questions.content()
+    shorter["data"] = shorter["data"][1:]
+    (tmp_path / "2.0.json").write_text(json.dumps(shorter))
+    one, two = squad.read(place / "2.0.json"), squad.read(tmp_path / "2.0.json")
+    assert len({one.digest, two.digest}) == 2
+    assert {part.digest for part in (one.head(3), one.drawn(5, 0), *one.split(0.4, 0))} == {one.digest}
+    run(place, tmp_path / "runs", "--name", "whole")
+    run(place, tmp_path / "runs", "--name", "part", "--train", str(tmp_path / "2.0.json"))
+    (row,) = arrange(read_all([tmp_path / "runs"])[0])[0]
+    assert set(row.cells) == {f"2.0 in {path.name} (f1)" for path in (place, tmp_path)}
+    assert row.unit == "questions"
 
 
 def test_nbest_and_null_odds_agree_with_the_predictions(finished, mini):
@@ -632,7 +668,7 @@ def test_tuning_watches_other_contexts_and_never_opens_dev(place, tmp_path, caps
     assert result["split"] == "val"
     assert result["selection"]["looks_at_test"] == 0
     assert result["data"]["judged_contexts_in_training"] == 0
-    assert result["data"]["splits"]["train"] + result["images"] == 13
+    assert result["data"]["splits"]["train"] + result["examples"] == 13
     (row,) = (json.loads(line) for line in (tmp_path / "a" / "metrics.jsonl").read_text().splitlines())
     assert row["val_score"] == result["score"]
     assert row["val_accuracy"] == result["accuracy"]
@@ -647,13 +683,13 @@ def test_several_seeds_have_a_mean_and_a_spread(place, tmp_path, capsys):
     assert summary["mean"] == pytest.approx(np.mean(scores))
     assert summary["std"] == pytest.approx(np.std(scores, ddof=1))
     assert losses(tmp_path / "a-s0") != losses(tmp_path / "a-s1")
-    assert "2.0.json, lora r2:" in capsys.readouterr().out
+    assert "2.0, lora r2:" in capsys.readouterr().out
 
 
 def test_a_part_of_the_questions_is_drawn_and_the_first_are_tested(place, tmp_path, mini):
     result = run(place, tmp_path, "--train-size", "6", "--test-limit", "3")
     assert result["data"]["splits"] == {"train": 6, "test": 13}
-    assert (result["images"], result["images_in_full_split"]) == (3, 13)
+    assert (result["examples"], result["examples_in_full_split"]) == (3, 13)
     assert list(told(tmp_path / "a" / "predictions.json")) == ["h1", "h2", "h3"]
     drawn = [mini.drawn(6, seed).questions for seed in (0, 0, 1)]
     assert drawn[0] == drawn[1] != drawn[2]
@@ -854,7 +890,7 @@ def test_squad_comes_through_datasets_where_the_hub_is_in_reach(place, tmp_path,
     result = question_answering.main([*argv, "--data", "squad_v2"])
     capsys.readouterr()
     assert asked == ["rajpurkar/squad_v2"]
-    assert (result["task"], result["images"], result["data"]["splits"]["train"]) == ("squad_v2", 4, 13)
+    assert (result["task"], result["examples"], result["data"]["splits"]["train"]) == ("squad_v2", 4, 13)
     assert "rajpurkar/squad is not on this machine, and the Hugging Face hub did not give it (no route)" in refused(
         capsys, [*argv, "--name", "b", "--data", "squad"]
     )

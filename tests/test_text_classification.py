@@ -38,7 +38,8 @@ from vtab.rows import arrange
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
 FILES = {"config.json", "metrics.jsonl", "result.json", "adapter.safetensors", "predictions.npz", ".lock"}
-FILES |= {"tokenizer.json", "tokenizer_config.json", "model_config"}
+FILES |= {"tokenizer.json", "tokenizer_config.json", "model_config", "predictions.csv", "curve.png"}
+pytestmark = pytest.mark.usefixtures("no_pictures")  # only of `finished` they are drawn
 FAST = ["--epochs", "2", "--batch-size", "16", "--max-length", "16"]
 
 
@@ -92,10 +93,13 @@ def test_a_run_leaves_every_file_and_nothing_else(finished):
     assert {path.name for path in folder.iterdir()} == FILES
     assert json.loads((folder / "result.json").read_text()) == json.loads(json.dumps(result))
     assert result["data"]["splits"] == {"train": 192, "val": 48, "trainval": 240, "test": 60}
-    assert result["images"] == result["images_in_full_split"] == 60
+    assert result["examples"] == result["examples_in_full_split"] == 60
     assert result["selection"] == {"settings": "the command line", "epoch": "the last", "looks_at_test": 1}
     assert result["metric"] == "accuracy"
     assert result["score"] == result["accuracy"] == result["metrics"]["accuracy"]
+    assert result["unit"] == "texts"
+    assert set(result["base"]) == {"model", "weights", "digest"}
+    assert (folder / "curve.png").read_bytes().startswith(b"\x89PNG")
     assert result["environment"]["transformers"] == transformers.__version__
     assert len(losses(folder)) == 2
 
@@ -120,6 +124,63 @@ def test_the_adapter_file_gives_back_the_tested_model(finished, bert, reviews):
     with np.load(folder / "predictions.npz") as kept:
         assert (kept["predicted"] == found).all()
         assert 100 * (kept["labels"] == found).mean() == pytest.approx(result["accuracy"])
+
+
+def predictions_of(folder):
+    with (folder / "predictions.csv").open(encoding="utf-8", newline="") as file:
+        return list(csv.reader(file))
+
+
+def test_its_predictions_are_a_table_for_people(finished):
+    folder, _ = finished
+    header, *rows = predictions_of(folder)
+    assert header == ["text", "label", "predicted", "probability"]
+    with np.load(folder / "predictions.npz") as kept:
+        for column, name in ((1, "labels"), (2, "predicted")):
+            assert [row[column] for row in rows] == [["bad", "good"][i] for i in kept[name]]
+    assert all(row[1] in row[0].split() for row in rows)  # a label beside its own text
+    assert all(0.5 <= float(row[3]) <= 1 for row in rows)
+    assert len({row[3] for row in rows}) > 10
+
+
+ODD = ['"quoted" w1', "two\nlines w2", "=1+w3", "-w4", "a\rb w5", "w6, w7; w8\t", "@w9 '", "w10 \x85 \u2028 w11 é"]
+
+
+@pytest.mark.parametrize("numbers", [False, True])
+def test_every_text_stands_in_the_table_as_it_is(numbers, bert, tmp_path):
+    known = " ".join(f"w{i}" for i in range(12))
+    pairs = [(f"{odd} w{i % 40} {known}", f"{known} {odd}") for i, odd in enumerate(ODD * 8)]
+    for name, some in (("train.csv", pairs[:40]), ("test.csv", pairs[40:])):
+        rows = [
+            ["text", "other", "label"],
+            *([*pair, 1.25 * i if numbers else "-+"[i % 2]] for i, pair in enumerate(some)),
+        ]
+        with (tmp_path / name).open("w", newline="", encoding="utf-8") as file:
+            csv.writer(file, quoting=csv.QUOTE_ALL).writerows(rows)
+    argv = ["--data", str(tmp_path / "train.csv"), "--test-data", str(tmp_path / "test.csv"), "--model", str(bert)]
+    argv += ["--text-pair-column", "other", *FAST, *(["--metric", "pearson+spearman"] if numbers else [])]
+    run(argv, tmp_path / "runs", "--name", "a")
+    header, *rows = predictions_of(tmp_path / "runs" / "a")
+    assert header == ["text", "text_pair", "label", "predicted", *([] if numbers else ["probability"])]
+    assert [row[:2] for row in rows] == [[one.strip(), two.strip()] for one, two in pairs[40:]]
+    expected = [f"{1.25 * i}" if numbers else "-+"[i % 2] for i in range(24)]
+    assert [row[2] for row in rows] == expected
+    if numbers:
+        assert len({float(row[3]) for row in rows}) > 10
+        assert not (tmp_path / "runs" / "a" / "predictions.npz").exists()
+
+
+def test_the_record_tells_its_data_from_others_of_the_same_name(bert, reviews, tmp_path):
+    columns = {"text_column": "review", "label_column": "verdict"}
+    (tmp_path / "reviews.csv").write_text(reviews.read_text().replace("w1 ", "w2 ", 1))
+    files = {"same": reviews, "other": tmp_path / "reviews.csv"}
+    found = {name: sources.open_data(Classification(data=str(path), **columns)) for name, path in files.items()}
+    assert found["same"].facts["digest"] != found["other"].facts["digest"]
+    drawn = sources.open_data(Classification(data=str(reviews), train_size=100, split_seed=3, **columns))
+    assert drawn.facts["digest"] == found["same"].facts["digest"]
+    others = write_csv(tmp_path / "test.csv", 50, seed=1)
+    apart = sources.open_data(Classification(data=str(reviews), test_data=others, **columns)).facts
+    assert apart["digest"] == found["same"].facts["digest"] != apart["test_digest"]
 
 
 METHODS = {
@@ -188,7 +249,7 @@ def test_tuning_watches_val_and_never_measures_the_test_texts(command, tmp_path,
     monkeypatch.setattr(data.Texts, "head", lambda texts, count: texts)  # so that a split stays the object it is
     result = run(command, tmp_path, "--stage", "tune", "--name", "a")
     assert set(seen) == {"val"}
-    assert result["images"] == 48
+    assert result["examples"] == 48
     rows = [json.loads(line) for line in (tmp_path / "a" / "metrics.jsonl").read_text().splitlines()]
     assert rows[-1]["val_accuracy"] == rows[-1]["val_score"] == result["accuracy"]
     run(command, tmp_path, "--name", "b")
@@ -233,7 +294,7 @@ def test_a_full_disk_is_one_line_and_loses_no_epoch(command, tmp_path, capsys):
     assert stop.value.code == 2
     assert capsys.readouterr().err.strip().splitlines()[-1].startswith("error: ")
     assert not list((tmp_path / "a").glob(".*.part*"))
-    assert text_classification.main(argv)["images"] == 60
+    assert text_classification.main(argv)["examples"] == 60
 
 
 def test_a_finished_run_is_not_trained_again_and_other_settings_are_refused(finished, command, capsys):
@@ -332,7 +393,7 @@ def test_repeated_texts_count_once_and_never_on_both_sides(tmp_path, capsys):
         csv.writer(file).writerows([["text", "label"], *rows])
     found = sources.open_data(Classification(data=str(tmp_path / "twice.csv")))
     assert sum(len(found.splits[name]) for name in ("trainval", "test")) == 30
-    assert found.facts == {"repeated": 31, "repeated_with_another_label": 1}
+    assert (found.facts["repeated"], found.facts["repeated_with_another_label"]) == (31, 1)
     assert "31 of 61 texts left out" in capsys.readouterr().out
 
 
@@ -342,7 +403,7 @@ def test_texts_that_differ_in_case_or_white_space_alone_are_one(tmp_path):
     with (tmp_path / "twice.csv").open("w", newline="") as file:
         csv.writer(file).writerows([["text", "label"], *rows])
     found = sources.open_data(Classification(data=str(tmp_path / "twice.csv")))
-    assert found.facts == {"repeated": 30, "repeated_with_another_label": 0}
+    assert (found.facts["repeated"], found.facts["repeated_with_another_label"]) == (30, 0)
 
 
 def test_a_test_file_is_the_test_split_and_its_texts_leave_the_training(tmp_path):
@@ -392,7 +453,7 @@ def test_the_demo_model_trains_on_rotten_tomatoes(tmp_path):
     argv = ["--data", "rotten_tomatoes", "--rank", "2", "--epochs", "1", "--train-size", "40", "--test-limit", "20"]
     result = text_classification.main([*argv, "--max-length", "16", "--out", str(tmp_path), "--name", "a"])
     assert result["trained_parameters"] == 12 * 2 * (384 + 384)  # q and v of six layers
-    assert (result["images"], result["images_in_full_split"]) == (20, 8490)
+    assert (result["examples"], result["examples_in_full_split"]) == (20, 8490)
 
 
 # GLUE in small, with the columns, splits and class names that nyu-mll/glue has
@@ -451,7 +512,7 @@ def test_glue_is_read_and_judged_as_its_task_is(name, miniature, bert, tmp_path)
     expected = {"cola": "matthews", "mrpc": "f1+accuracy", "qqp": "f1+accuracy", "stsb": "pearson+spearman"}
     assert result["metric"] == expected.get(name, "accuracy")
     assert result["data"]["splits"]["trainval"] == 60
-    assert result["data"]["splits"]["test"] == result["images"] == 30
+    assert result["data"]["splits"]["test"] == result["examples"] == 30
     assert ("test_mismatched" in result["metrics"]) == (name == "mnli")
     assert read_all([tmp_path])[0][0].accuracy == pytest.approx(result["score"])
 
@@ -621,7 +682,7 @@ def test_what_is_too_long_is_cut_and_counted(command, tmp_path, capsys):
     assert (tmp_path / "long.csv").stat().st_size > 6 * 100_000
     result = run([*command, "--data", str(tmp_path / "long.csv"), "--text-column", "text", "--label-column", "label"],
                  tmp_path, "--name", "a")  # fmt: skip
-    assert result["images"] == 12
+    assert result["examples"] == 12
     assert "texts are longer than 16 tokens, and are cut there" in capsys.readouterr().out
 
 
@@ -982,7 +1043,7 @@ def test_a_model_that_reads_its_answer_at_the_end_of_the_text_trains(command, tm
              for what, size in (("layers", 1), ("attention_heads", 4), ("ffn_dim", 64))}  # fmt: skip
     sizes = {"d_model": 32, "bos_token_id": 2, "eos_token_id": 3, **parts}
     folder = write_model(tmp_path / "bart", "BartConfig", "BartModel", sizes)
-    assert run([*command, "--model", str(folder)], tmp_path, "--name", "a")["images"] == 60
+    assert run([*command, "--model", str(folder)], tmp_path, "--name", "a")["examples"] == 60
 
 
 def test_a_binary_vocabulary_is_kept_beside_the_adapter(command, tmp_path, monkeypatch):
@@ -1050,7 +1111,7 @@ def test_its_arms_are_tuned_on_val_and_tested_once(command, tmp_path, monkeypatc
     assert {run["split"] for run in tuned.values()} == {"val"}
     best = max(tuned.values(), key=lambda run: run["score"])["config"]["lr"]
     finals = [runs[f"lora-r2-s{seed}"] for seed in (0, 1)]
-    assert [(run["split"], run["images"], run["config"]["lr"]) for run in finals] == [("test", 10, best)] * 2
+    assert [(run["split"], run["examples"], run["config"]["lr"]) for run in finals] == [("test", 10, best)] * 2
     assert f"{finals[0]['score']:.1f}, {finals[1]['score']:.1f}" in found
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")}
     unfair = ["--stage", "final"]  # which would choose by the test texts

@@ -8,13 +8,15 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from collections import Counter
 from importlib import resources
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 
-from vtab import charts, cli, report, tables, terminal
+from vtab import charts, cli, mistakes, plots, report, tables, terminal
 from vtab.averages import VTAB, averages
 from vtab.evaluate import Accuracy
 from vtab.gather import read_all
@@ -40,7 +42,7 @@ def fake(root, task, correct, seed=0, name=None, config=(), data=(), **result):
     data = {"source": "here", "variant": "files" if kind == "extra" else "jpeg", "generated": False, **dict(data)}
     record = {
         "task": task, "split": "test", "stage": "final", "protocol": "honest", "seed": seed, "method": "lora r8",
-        "accuracy": 100 * correct / IMAGES, "images": IMAGES, "images_in_full_split": IMAGES,
+        "accuracy": 100 * correct / IMAGES, "examples": IMAGES, "examples_in_full_split": IMAGES,
         "trained_parameters": 147_456, "seconds_training": 9.0, "seconds_evaluation": 1.0, "normalization": "model",
         "base": {"model": "vit.a", "weights": "pretrained", "digest": "d1" * 32, "img_size": 224},
         "selection": {"settings": "the command line", "epoch": "the last", "looks_at_test": 1},
@@ -208,7 +210,7 @@ def test_seeds_that_differ_between_tasks_give_no_spread_of_the_average(tmp_path)
 
 
 def test_confusions_against_a_slow_loop(tmp_path):
-    folder = fake(tmp_path, "kitti", 0, accuracy=40.0, images=5)
+    folder = fake(tmp_path, "kitti", 0, accuracy=40.0, examples=5)
     labels, predicted = [0, 0, 1, 3, 3], [0, 1, 1, 0, 2]
     np.savez(folder / "predictions.npz", labels=np.uint16(labels), predicted=np.uint16(predicted))
     shares = charts.confusions(read_all([tmp_path])[0][0])
@@ -230,7 +232,7 @@ APART = {
     "digest": ({"base": BASE | {"digest": "e2" * 32}}, "digest e2e2e2e2e2e2"),
     "size": ({"base": BASE | {"img_size": 384}}, "384 px"),
     "normalisation": ({"normalization": "imagenet"}, "normalisation imagenet"),
-    "test limit": ({"config": {"test_limit": 1000}, "images_in_full_split": 10_000}, "first 1,000 test images"),
+    "test limit": ({"config": {"test_limit": 1000}, "examples_in_full_split": 10_000}, "first 1,000 test images"),
     "partial": ({"data": {"splits": {"trainval": 900}}}, "partial lists"),
     "recipe": ({"recipe": "noah"}, "recipe noah"),
     "tuned": ({"tuning": {"rule": "halving", "trials": [], "chosen": {"lr": 0.1}}}, "tuned on val200"),
@@ -313,7 +315,7 @@ def test_only_honest_rows_can_be_best_and_only_over_the_same_images(tmp_path):
     fake(tmp_path, "cifar", 600)
     fake(tmp_path, "cifar", 700, method="circulant")
     fake(tmp_path, "dtd", 600)
-    limited = {"config": {"test_limit": 500}, "images": 500, "accuracy": 70.0}
+    limited = {"config": {"test_limit": 500}, "examples": 500, "accuracy": 70.0}
     fake(tmp_path, "dtd", 0, method="circulant", **limited)
     table = {line.label: line for line in tables.lines(rows_of(tmp_path)[0], [])}
     best = [(label, name) for label, line in table.items() for name, figure in line.figures.items() if figure.best]
@@ -347,10 +349,14 @@ DAMAGE = {
     "nan": (broken_result(lambda r: r.update(accuracy=float("nan"))), "accuracy nan %"),
     "too good": (broken_result(lambda r: r.update(accuracy=101.0)), "accuracy 101.0 %"),
     "no whole number": (broken_result(lambda r: r.update(accuracy=50.05)), "no whole number of images"),
-    "no images": (broken_result(lambda r: r.update(images=0)), "over 0 images"),
+    "both words": (broken_result(lambda r: r.update(images=1000, examples="9")), "no valid 'examples': '9'"),
+    "no images": (broken_result(lambda r: r.update(examples=0)), "over 0 images"),
     "no method": (broken_result(lambda r: r["config"].pop("method")), "no valid 'config.method': None"),
-    "endless number": (broken_result(lambda r: r.update(images=10**40)), "a number of 41 digits"),
-    "full split": (broken_result(lambda r: r.update(images_in_full_split=[1])), "no valid 'images_in_full_split': [1]"),
+    "endless number": (broken_result(lambda r: r.update(examples=10**40)), "a number of 41 digits"),
+    "full split": (
+        broken_result(lambda r: r.update(examples_in_full_split=[1])),
+        "no valid 'examples_in_full_split': [1]",
+    ),
     "source": (broken_result(lambda r: r["data"].update(source=7)), "no valid 'data.source': 7"),
     "splits": (broken_result(lambda r: r["data"].update(splits=["train"])), "no valid 'data.splits'"),
     "differs": (broken_result(lambda r: r.update(recipe_differs=1)), "no valid 'recipe_differs': 1"),
@@ -494,6 +500,263 @@ def test_a_report_without_vtab_tasks_shows_no_published_rows(tmp_path, capsys):
     assert "<h2>VTAB-1k</h2>" not in (tmp_path / "report" / "report.html").read_text()
 
 
+# ------------------------------------------------------------------------------------------------ texts
+
+
+def fake_texts(root, task, correct, seed=0, text=(), **result):
+    """A finished run on texts; with a metric, one without classes."""
+    classes = {} if "metric" in result else {"labels": ["sad", "glad", "warm", "dull"]}
+    about = {"max_length": 64, **classes, **dict(text)}
+    base = {"model": "minilm", "weights": "pretrained", "digest": "e3" * 32}
+    result = {"unit": "texts", "text": about, "base": base, **result}
+    folder = fake(root, task, correct, seed, **result)
+    (folder / "predictions.png").unlink()
+    if "metric" in result:
+        (folder / "predictions.npz").unlink()
+    return folder
+
+
+def answered(root, task, score, **result):
+    """A finished run on questions."""
+    interval = [score - 2.0, score + 3.0]
+    return fake_texts(root, task, 500, metric="f1", score=score, score_interval95=interval, unit="questions", **result)
+
+
+def reported(root, capsys, *argv):
+    """What a report says in each form; of the page, what is seen."""
+    report.main([str(root), *argv])
+    out = root / "report"
+    seen = " ".join(Page((out / "report.html").read_text()).text)
+    return {
+        "terminal": capsys.readouterr().out,
+        "page": " ".join(seen[seen.index("</style>") if "</style>" in seen else seen.rindex("}") :].split()),
+        "latex": (out / "table.tex").read_text(),
+        "csv": (out / "table.csv").read_text(),
+    }
+
+
+def test_a_report_on_texts_says_nothing_of_images_or_vtab(tmp_path, capsys):
+    for seed in (0, 1):
+        fake_texts(tmp_path, "films", 700 + seed, seed)
+    fake_texts(tmp_path, "films", 800, method="full", trained_parameters=9)
+    for name, said in reported(tmp_path, capsys).items():
+        plain = said.replace("vtab.report", "").replace(str(tmp_path), "")
+        for word in (
+            "VTAB",
+            "vtab",
+            "mage",
+            "top-1",
+            "PACE",
+            "ublished",
+            "Groups",
+            "dSprites",
+            "natural",
+            "No predict",
+        ):
+            assert word not in plain, (name, word)
+        if name != "csv":
+            assert "Texts, accuracy in percent" in said, name
+    header = next(csv.reader(io.StringIO((tmp_path / "report" / "table.csv").read_text())))
+    assert header == [
+        "method", "origin", "films", "films_std", "films_low95", "films_high95",
+        "trained_parameters", "seeds", "remark", "judged_on",
+    ]  # fmt: skip
+    page = (tmp_path / "report" / "report.html").read_text()
+    assert "<title>Report on films, 3 runs</title>" in page
+    assert "test, 1,000 texts" in page
+
+
+def test_published_rows_stand_beside_texts_only_where_they_are_asked_for(tmp_path, capsys):
+    fake_texts(tmp_path, "films", 700)
+    for name, said in reported(tmp_path, capsys, "--beside", "PACE").items():
+        assert "PACE" in said, name
+        assert "films" in said, name
+    assert "<h1>Report on films</h1>" in (tmp_path / "report" / "report.html").read_text()
+
+
+def test_each_kind_of_example_has_a_table_of_its_own(tmp_path, capsys):
+    fake(tmp_path, "cifar", 600)
+    fake(tmp_path, "digits", 900)
+    fake_texts(tmp_path, "films", 700)
+    fake_texts(tmp_path, "stars", 0, metric="pearson+spearman", score=-40.0)
+    answered(tmp_path, "squad", 88.0)
+    rows, _ = rows_of(tmp_path)
+    assert [row.label for row in rows] == ["lora r8"] * 3  # that they differ in what they are judged on says nothing
+    found = {block.heading: (block.tasks, len(block.lines)) for block in tables.blocks(rows, [])}
+    assert found == {
+        "VTAB-1k, top-1 accuracy in percent": (VTAB, 1),
+        "Images outside VTAB-1k, top-1 accuracy in percent": (["digits"], 1),
+        "Texts, score in percent": (["films", "stars (pearson+spearman)"], 1),
+        "Questions, f1 in percent": (["squad (f1)"], 1),
+    }
+    said = reported(tmp_path, capsys)
+    for heading in found:
+        for name in ("terminal", "page", "latex"):
+            assert heading in said[name], (heading, name)
+    assert "PACE" in said["csv"]
+    ours = [line for line in csv.DictReader(io.StringIO(said["csv"])) if line["origin"] == "ours"]
+    figures = {line["judged_on"]: (line["cifar"], line["films"], line["squad (f1)"]) for line in ours}
+    assert figures == {
+        "images": ("60.0000", "", ""), "texts": ("", "70.0000", ""), "questions": ("", "", "88.0000"),
+    }  # fmt: skip
+    assert "No predictions" not in said["page"]
+    assert "Learning curves: questions" in said["page"]
+    assert said["terminal"].count("± is the standard deviation") == 0  # one seed has no spread
+
+
+def test_what_judges_a_run_has_its_own_interval(tmp_path):
+    answered(tmp_path, "squad", 80.0)
+    answered(tmp_path, "squad", 84.0, seed=1)
+    (row,) = rows_of(tmp_path)[0]
+    assert row.cells["squad (f1)"].interval == (80.0, 85.0)
+    old = answered(tmp_path, "older", 70.0)
+    record = json.loads((old / "result.json").read_text())
+    for broken, said in ((None, None), ([1], "score_interval95"), (["a", 2], "score_interval95"), ("x", "score_inter")):
+        record["score_interval95"] = broken
+        if broken is None:
+            del record["score_interval95"]
+        (old / "result.json").write_text(json.dumps(record))
+        rows, problems = rows_of(tmp_path)
+        if said:
+            assert said in problems[0].text
+        else:
+            assert {task: cell.interval for row in rows for task, cell in row.cells.items()}["older (f1)"] is None
+
+
+def test_older_records_count_images_whatever_they_are(tmp_path):
+    for root, make in ((tmp_path / "images", fake), (tmp_path / "texts", fake_texts)):
+        folder = make(root, "mine", 600)
+        record = json.loads((folder / "result.json").read_text())
+        record |= {"images": record.pop("examples"), "images_in_full_split": record.pop("examples_in_full_split")}
+        record.pop("unit", None)
+        (folder / "result.json").write_text(json.dumps(record))
+        (row,) = rows_of(root)[0]
+        assert (row.unit, row.cells["mine"].examples, row.cells["mine"].mean) == (root.name, IMAGES, 60.0)
+        assert row.cells["mine"].interval == Accuracy(600, 1000).interval
+
+
+@pytest.mark.parametrize(
+    ("files", "names"),
+    [
+        ({"a/train.json": 0, "b/train.json": 1}, {"train in a", "train in b"}),
+        ({"train.json": 0, "b/train.json": 1}, {"train, data d00000", "train, data d11111"}),
+        ({"x/a/train.json": 0, "y/a/train.json": 1}, {"train, data d00000", "train, data d11111"}),
+        ({"a/train.json": 0, "b/train.json": 0, "c/train.json": 1}, {"train, data d00000", "train, data d11111"}),
+    ],
+    ids=["folders", "no folder", "folders of one name", "copies"],
+)
+def test_two_files_of_one_name_are_two_tasks(files, names, tmp_path):
+    for seed, (file, number) in enumerate(files.items()):
+        fake_texts(tmp_path, "train", 600, seed, config={"train": file}, data={"digest": "d" + 9 * str(number)})
+    rows, _ = rows_of(tmp_path)
+    assert {task for row in rows for task in row.cells} == names
+
+
+def test_one_file_is_one_task_wherever_it_lies_and_its_older_runs_too(tmp_path):
+    for seed, file in enumerate(("a/train.json", "b/train.json")):
+        fake_texts(tmp_path, "train", 600, seed, config={"train": file}, data={"digest": "d1"})
+    fake_texts(tmp_path, "train", 600, 2, config={"train": "c/train.json"})
+    assert {task for row in rows_of(tmp_path)[0] for task in row.cells} == {"train"}
+
+
+def test_figures_over_other_test_texts_are_not_ranked(tmp_path):
+    for method, correct, digest in (("lora r8", 600, "d1"), ("full", 700, "d1")):
+        fake_texts(tmp_path, "films", correct, method=method, data={"test_digest": digest})
+    assert [line.figures["films"].best for line in tables.lines(rows_of(tmp_path)[0], [])] == [True, False]
+    fake_texts(tmp_path, "films", 900, method="head", data={"test_digest": "d2"})
+    assert not any(line.figures["films"].best for line in tables.lines(rows_of(tmp_path)[0], []))
+
+
+OF_CLASSES, OF_NUMBERS = ["text", "label", "predicted", "probability"], ["text", "label", "predicted"]
+SURE, SURER = "sure\x85 and\rwrong", "surer, wrong"
+PREDICTIONS = {
+    "classes": (
+        [OF_CLASSES, [SURE, "a", "b", 0.9], ["right", "a", "a", 1.0], [SURER, "b", "a", 0.95]],
+        ([SURER, SURE], 2),
+    ),
+    "numbers": ([OF_NUMBERS, ["near", 1, 1.5], ["far", 1, -3], ["exact", 2, 2]], (["far", "near"], 2)),
+    "ragged": ([OF_NUMBERS, ["near", 1]], None),
+    "no label": ([["text", "predicted"], ["near", 1]], None),
+    "no numbers": ([OF_NUMBERS, ["near", "a", "b"]], None),
+}
+
+
+@pytest.mark.parametrize("case", PREDICTIONS)
+def test_the_worst_mistakes_come_first(case, tmp_path):
+    rows, expected = PREDICTIONS[case]
+    with (tmp_path / "predictions.csv").open("w", newline="") as file:
+        csv.writer(file, quoting=csv.QUOTE_NONNUMERIC).writerows(rows)
+    found = mistakes.of(tmp_path)
+    assert (found and ([row[0] for row in found.rows], found.total)) == expected
+
+
+def test_mistakes_are_on_the_page_and_damaged_ones_are_left_out(tmp_path):
+    folder = answered(tmp_path, "squad", 80.0)
+    path, page = folder / "wrong_answers.csv", tmp_path / "report" / "report.html"
+    path.write_text('"id","question","expected","given","f1"\n"q1","Who <b>?","the ' + "long " * 99 + '","",0.0\n')
+    report.main([str(tmp_path)])
+    assert "Who &lt;b&gt;?" in page.read_text()
+    assert "1 of 1 mistakes" in page.read_text()
+    assert "long " * 70 not in page.read_text()
+    path.write_text('"id","question","expected","given","f1"\n')
+    report.main([str(tmp_path)])
+    assert "No mistakes." in page.read_text()
+    for content in (b"\xff", b'"id","question\n', b""):
+        path.write_bytes(content)
+        report.main([str(tmp_path)])
+        assert "mistakes, the worst first" not in page.read_text()
+
+
+def test_a_curve_shows_whatever_of_a_run_is_known(tmp_path, monkeypatch):
+    shown = []
+    monkeypatch.setattr(plots, "_write", lambda figure, path: shown.append(figure))
+    history = [{"epoch": 1, "loss": 4.0, "val_score": -30.0}, {"epoch": 2, "loss": 3.0, "val_score": -20.0}]
+    lines = {"accuracy": "training", "val_score": "val"}
+    plots.curve(tmp_path, history, ("val", 2, -20.0), "stars", "pearson", "mean squared error", lines)
+    left, right = shown[0].axes
+    assert {line.get_label(): line.get_xydata().tolist() for line in right.lines} == {
+        "val": [[1, -30], [2, -20]], "val: -20.0 %": [[2, -20]],
+    }  # fmt: skip
+    assert (left.get_ylabel(), right.get_ylabel()) == ("training loss (mean squared error)", "pearson (%)")
+    assert right.get_ylim()[0] < -30
+    plt.close(shown[0])
+
+
+def test_names_with_dollars_are_no_formulas(tmp_path):
+    names = ["$5", "$10 to $20", "$\\frac$", "\\"]
+    fake_texts(tmp_path, "$a$b_{.csv", 700, text={"labels": names}, method="lora $r$ x^{")
+    report.main([str(tmp_path)])
+    history = [{"epoch": 1, "loss": 1.0}]
+    plots.curve(tmp_path / "curve.png", history, ("test", 1, 50.0), "$a$b_{.csv")
+    image = np.zeros((2, 4, 4, 3), np.uint8)
+    plots.predictions(tmp_path / "a.png", image, np.array([0, 1]), np.array([[0.1, 0.9]] * 2), names, "$a_{$")
+    assert (tmp_path / "a.png").is_file()
+
+
+def test_the_confusions_of_texts_have_the_names_of_their_classes(tmp_path, monkeypatch):
+    fake_texts(tmp_path, "films", 700)
+    seen = []
+    monkeypatch.setattr(charts, "_svg", lambda figure: seen.extend(figure.axes[0].get_yticklabels()) or b"")
+    charts.confusion(rows_of(tmp_path)[0][0].runs[0])
+    assert [label.get_text() for label in seen] == ["sad", "glad", "warm", "dull"]
+
+
+def test_the_axes_keep_their_height_below_a_long_legend(tmp_path, monkeypatch, recwarn):
+    heights = []
+
+    def measured(figure):
+        figure.draw_without_rendering()
+        heights.append(figure.axes[0].bbox.height)
+
+    monkeypatch.setattr(charts, "_svg", measured)
+    for count in (1, 24):
+        for number in range(count):
+            fake_texts(tmp_path / str(count), "films", 700, method=f"lora r{number}")
+        charts.curves(rows_of(tmp_path / str(count))[0])
+    assert heights[1] > 0.9 * heights[0]
+    assert not [warning for warning in recwarn if "layout" in str(warning.message)]
+
+
 # ------------------------------------------------------------------------------------------------ outputs
 
 
@@ -621,12 +884,47 @@ def test_lines_of_the_terminal_are_whole_at_any_width(whole, monkeypatch, capsys
     table = tables.lines(rows, choose())
     for width in (80, 120, 260):
         monkeypatch.setenv("COLUMNS", str(width))
-        terminal.show(table, ["digits"], problems)
+        terminal.show(tables.blocks(rows, choose()), problems)
         said = capsys.readouterr().out
         assert max(map(len, said.splitlines())) <= width
         for line in table:
             for task in [*VTAB, "digits"] if line.ours else VTAB:
                 assert f"{line.figures[task].value:.1f}" in said, (width, line.label, task)
+
+
+LONG = "capaboost-lora r2 x2 masks=complementary, first 2,000 test texts"
+NAMES = ["rte", "reviews-of-films.csv (pearson+spearman)", "glue/mnli, data 1a2b3c", "rotten_tomatoes"]
+
+
+@pytest.mark.parametrize("width", [60, 80, 100, 160])
+@pytest.mark.parametrize("count", [1, 3, 8, 19])
+def test_every_table_of_the_terminal_names_its_methods_in_whole_words(count, width, monkeypatch, capsys):
+    tasks = [f"{NAMES[i % 4]}" if i < 4 else f"{'t' * (i % 9)}{i}" for i in range(count)]
+    lines = []
+    for number, label in enumerate(("lora r8", LONG)):
+        figures = {task: tables.Figure(10 * number + i + 0.5, 1.25) for i, task in enumerate(tasks)}
+        lines.append(tables.Line(label, True, figures, "22,713,216", "5", ""))
+    monkeypatch.setenv("COLUMNS", str(width))
+    terminal.show([tables.Block("Texts", "accuracy", "texts", {"": tasks}, {}, lines)], [])
+    said = capsys.readouterr().out
+    assert max(map(len, said.splitlines())) <= width
+    parts = re.split("Texts, accuracy in percent.*\n", said)[1:]
+    for part in parts:
+        assert "lora r8" in part
+        assert set(LONG.split()) <= set(part.split())
+    cells = Counter(re.findall(r"(?<!±)\b\d+\.\d\b", said))
+    assert cells == Counter(f"{figure.value:.1f}" for line in lines for figure in line.figures.values())
+    assert said.count("22,713,216") == 2
+
+
+def test_a_heading_wider_than_the_terminal_is_folded_beside_the_method(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "80")
+    lines = [tables.Line("lora r8", True, {"n" * 200: tables.Figure(61.5)}, "9", "1", "")]
+    terminal.show([tables.Block("Texts", "accuracy", "texts", {"": ["n" * 200]}, {}, lines)], [])
+    said = capsys.readouterr().out
+    assert max(map(len, said.splitlines())) <= 80
+    assert said.count("n" * 40) >= 2
+    assert re.search("lora r8 +61.5", said)
 
 
 def test_the_same_runs_give_the_same_pictures(tmp_path):

@@ -72,7 +72,7 @@ def test_in_bfloat16_training_and_the_test_run_rounded_products(tmp_path, monkey
 def test_the_record_says_what_was_done(finished):
     _, result = finished
     assert result["split"] == "test"
-    assert result["images"] == result["images_in_full_split"] == 797
+    assert result["examples"] == result["examples_in_full_split"] == 797
     assert result["selection"] == {"settings": "the command line", "epoch": "the last", "looks_at_test": 1}
     assert result["data"]["splits"] == {"train": 800, "val": 200, "trainval": 1000, "test": 797}
     assert result["config"]["method"] == {
@@ -146,7 +146,7 @@ def test_tuning_never_reads_a_test_image(tmp_path, monkeypatch):
     monkeypatch.setattr(setup, "open_task", open_guarded)
     result = run(tmp_path, "--stage", "tune", "--name", "a")
     assert result["split"] == "val"
-    assert result["images"] == 200
+    assert result["examples"] == 200
     assert result["selection"]["looks_at_test"] == 0
     rows = [json.loads(line) for line in (tmp_path / "a" / "metrics.jsonl").read_text().splitlines()]
     assert rows[-1]["val_accuracy"] == result["accuracy"]
@@ -210,7 +210,7 @@ def test_ctrl_c_stops_with_a_line_and_the_run_goes_on_later(tmp_path, monkeypatc
     assert stop.value.code == 130
     assert "the same command goes on, a training run" in capsys.readouterr().err
     monkeypatch.setattr(Loop, "epoch", original)
-    assert train.main(argv)["images"] == 797
+    assert train.main(argv)["examples"] == 797
     assert "resuming after epoch 1 of 2" in capsys.readouterr().out
 
 
@@ -244,7 +244,7 @@ def test_a_full_disk_is_one_line_and_loses_no_epoch(tmp_path, capsys):
     assert said.strip().splitlines()[-1].startswith("error: ")
     assert "Traceback" not in said
     assert not list((tmp_path / "a").glob(".*.part*"))
-    assert train.main(argv)["images"] == 797
+    assert train.main(argv)["examples"] == 797
 
 
 def test_two_processes_cannot_train_in_one_folder(tmp_path, capsys):
@@ -407,14 +407,14 @@ def test_weights_that_are_not_finite_are_not_checkpointed(tmp_path, monkeypatch,
     with pytest.raises(ValueError, match="not finite at step 8 of epoch 2"):
         train.main(argv)
     monkeypatch.undo()
-    assert train.main(argv)["images"] == 797
+    assert train.main(argv)["examples"] == 797
     assert "resuming after epoch 1 of 2" in capsys.readouterr().out
 
 
 def test_a_process_killed_while_it_wrote_the_settings_leaves_a_usable_folder(tmp_path):
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / ".config.json.x.part.json").write_text("{")
-    assert run(tmp_path, "--name", "a", "--test-limit", "5")["images"] == 5
+    assert run(tmp_path, "--name", "a", "--test-limit", "5")["examples"] == 5
     assert {path.name for path in (tmp_path / "a").iterdir()} == FILES
 
 

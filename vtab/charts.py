@@ -13,11 +13,12 @@ from typing import Any
 import matplotlib as mpl
 import numpy as np
 
+from vtab import plots
 from vtab.averages import VTAB
 from vtab.published import Published
 from vtab.rows import Cell, Row
-from vtab.runs import CURVES, Run
-from vtab.tables import GENERATED, paper_name
+from vtab.runs import Run, by_epoch
+from vtab.tables import GENERATED, judged_by, paper_name
 from vtab.tasks import TASKS
 
 mpl.use("Agg")
@@ -38,8 +39,10 @@ STYLE = {
     "axes.spines.right": False,
     "svg.hashsalt": "vtab",  # the same runs give the same bytes
     "svg.fonttype": "path",
+    "text.parse_math": False,  # names may hold dollars
 }
 COLUMNS, WIDTH = 3, 12.4  # panels side by side; inches, the page's width
+NAMES = 44  # letters beside a panel
 
 
 def _styled(draw: Callable[..., Any]) -> Callable[..., Any]:
@@ -84,7 +87,9 @@ def bars(rows: Sequence[Row], beside: Sequence[Published]) -> bytes:
             axes.text(one.accuracies[task] + 1, index, f"{one.accuracies[task]:.1f}", va="center", fontsize=8)
         drawn = any(row.cells[task].generated for row in rows if task in row.cells)
         axes.set_title(f"{paper_name(task)}\nours: {GENERATED}" if drawn else paper_name(task))
-        axes.set(yticks=range(len(names)), ylim=(len(names) - 0.4, -0.6), xlim=(0, 118), xticks=range(0, 101, 25))
+        lowest = 25 * min(0, *(row.cells[task].mean // 25 for row in rows if task in row.cells))
+        axes.set(yticks=range(len(names)), ylim=(len(names) - 0.4, -0.6), xlim=(lowest, 118))
+        axes.set_xticks(np.arange(lowest, 101, 25))
         axes.tick_params(axis="y", length=0)
     return _svg(figure)
 
@@ -94,12 +99,13 @@ def _bar(axes: Any, index: int, cell: Cell, colour: str) -> None:
     if cell.interval:
         axes.plot(cell.interval, [index, index], color="black", linewidth=1.2, solid_capstyle="butt")
         axes.plot(cell.interval, [index, index], "|", color="black", markersize=5)
-    axes.text(max(cell.mean, *(cell.interval or (0,))) + 1.5, index, f"{cell.mean:.1f}", va="center", fontsize=8)
+    axes.text(max(0, cell.mean, *(cell.interval or ())) + 1.5, index, f"{cell.mean:.1f}", va="center", fontsize=8)
 
 
 @_styled
 def curves(rows: Sequence[Row]) -> bytes | None:
-    """Accuracy by epoch: on training images (line), on val200 or test where watched (thin), and what counts (mark)."""
+    """By epoch: accuracy in training (line), what judges the run on val or test where watched (thin), and what it came
+    to (mark)."""
     tasks = [
         t for t in tasks_of(rows) if any(run.history for row in rows if t in row.cells for run in row.cells[t].runs)
     ]
@@ -112,10 +118,10 @@ def curves(rows: Sequence[Row]) -> bytes | None:
         step = 0.15 * last / len(drawn)
         for place, (i, cell) in enumerate(drawn, 1):  # side by side, so that equal ones do not hide each other
             axes.plot(1.03 * last + place * step, cell.mean, **(style(i) | MARK))
-        axes.set(ylim=(0, 103), xlim=(1 - 0.04 * last, 1.22 * last))
+        axes.set(ylim=(plots.lowest(axes), 103), xlim=(1 - 0.04 * last, 1.22 * last))
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.set_title(paper_name(task))
-    _labels(figure, "epoch", "top-1 accuracy (%)")
+    _labels(figure, "epoch", f"{judged_by(rows, tasks)} (%)")
     _legend(figure, list(enumerate(rows)))
     return _svg(figure)
 
@@ -123,13 +129,13 @@ def curves(rows: Sequence[Row]) -> bytes | None:
 def _curve(axes: Any, cell: Cell, look: dict[str, Any]) -> int:
     """Mean over seeds, its range as a band; returns the last epoch."""
     last = 0
-    for key, width in zip(CURVES, (1.6, 0.8, 0.8), strict=True):
-        by_epoch: dict[int, list[float]] = defaultdict(list)
+    for key, width in zip(by_epoch(cell.runs[0].result), (1.6, 0.8, 0.8), strict=False):
+        found: dict[int, list[float]] = defaultdict(list)
         for row in (row for run in cell.runs for row in run.history if key in row):
-            by_epoch[row["epoch"]].append(row[key])
-        epochs = sorted(by_epoch)
+            found[row["epoch"]].append(row[key])
+        epochs = sorted(found)
         if epochs:
-            values = [by_epoch[epoch] for epoch in epochs]
+            values = [found[epoch] for epoch in epochs]
             axes.plot(epochs, [np.mean(v) for v in values], linewidth=width, markersize=0, **look)
             axes.fill_between(
                 epochs, *zip(*((min(v), max(v)) for v in values), strict=True), color=look["color"], alpha=0.15
@@ -160,7 +166,7 @@ def against_parameters(rows: Sequence[Row], beside: Sequence[Published]) -> byte
             ]
             _scatter(axes, [(look, count, cell.mean, cell.std) for look, count, cell in there], [])
             axes.set_title(paper_name(task))
-    _labels(figure, "trained parameters, the head aside", "top-1 accuracy (%)")
+    _labels(figure, "trained parameters, the head aside", f"{judged_by(rows, VTAB if whole else tasks_of(rows))} (%)")
     _legend(figure, whole or list(enumerate(rows)), linestyle="none")
     return _svg(figure)
 
@@ -197,11 +203,13 @@ def _short(count: float) -> str:
 
 
 def confusions(run: Run) -> np.ndarray:
-    """(true class, predicted class): percent of the true class's images."""
+    """(true class, predicted class): percent of the true class's examples."""
     assert run.labels is not None
     assert run.predicted is not None
     task = TASKS.get(run.task)
-    classes = max(task.num_classes if task else 0, int(run.labels.max()) + 1, int(run.predicted.max()) + 1)
+    classes = max(
+        task.num_classes if task else len(run.classes), int(run.labels.max()) + 1, int(run.predicted.max()) + 1
+    )
     counts = np.zeros((classes, classes))
     np.add.at(counts, (run.labels, run.predicted), 1)
     return 100 * counts / np.maximum(counts.sum(1, keepdims=True), 1)
@@ -217,6 +225,10 @@ def confusion(run: Run) -> bytes:
     if classes <= 20:
         axes.set(xticks=range(classes), yticks=range(classes))
         axes.tick_params(labelsize=8, length=0)
+        if len(run.classes) == classes:
+            names = [_cut(name, 16) for name in run.classes]
+            axes.set_xticklabels(names, rotation=90 if sum(map(len, names)) > NAMES else 0)
+            axes.set_yticklabels(names)
         for true, guess in zip(*np.nonzero(shares >= 0.5), strict=True):
             colour = "white" if shares[true, guess] < 60 else "black"
             axes.text(guess, true, f"{shares[true, guess]:.0f}", ha="center", va="center", color=colour, fontsize=6.5)
@@ -238,19 +250,32 @@ def _panels(
         axes.set_axis_off()
     if names:
         for axes in grid[:, 0]:
-            axes.set_yticks(range(len(names)), [name if len(name) < 44 else f"{name[:42]}…" for name in names])
+            axes.set_yticks(range(len(names)), [_cut(name, NAMES if columns > 1 else 2 * NAMES) for name in names])
     return figure, list(grid.flat[: len(tasks)])
+
+
+def _cut(name: str, most: int) -> str:
+    """
+    >>> _cut("lora r8, judged on val200, lr 0.001", 20)
+    'lora r8, j… lr 0.001'
+    """
+    half = most // 2
+    return name if len(name) <= most else f"{name[:half]}…{name[1 - half :]}"
 
 
 def _labels(figure: Figure, x: str, y: str) -> None:
     figure.supxlabel(x, fontsize=9)
-    figure.supylabel(y, fontsize=9)
+    for axes in figure.axes:
+        if axes.get_subplotspec().is_first_col():
+            axes.set_ylabel(y)
 
 
 def _legend(figure: Figure, rows: Sequence[tuple[int, Row]], **look: Any) -> None:
-    """Above all axes."""
+    """Above all axes, which stay as high as they were."""
     handles = [plt.Line2D([], [], markersize=6, label=row.label, **(style(i) | look)) for i, row in rows]
-    figure.legend(handles=handles, loc="outside upper left", ncols=2 if len(rows) > 3 else 1, frameon=False)
+    columns = 2 if len(rows) > 3 else 1
+    figure.set_figheight(figure.get_figheight() + 0.2 * -(-len(rows) // columns))  # inches to a line
+    figure.legend(handles=handles, loc="outside upper left", ncols=columns, frameon=False)
 
 
 def _svg(figure: Figure) -> bytes:

@@ -8,20 +8,21 @@ import json
 import os
 import re
 import zipfile
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from vtab.evaluate import Accuracy
-from vtab.runs import ACCURACY, CURVES, Problem, Run, metric
+from vtab.runs import ACCURACY, Problem, Run, by_epoch, examples, metric, unit
 from vtab.textfile import LIMIT, read, read_json
 
 MOST_CLASSES = 5000  # of a confusion matrix
 NEEDED: dict[str, Any] = {  # in result.json, and of what kind
     "task": str,
-    "images": int,
     "trained_parameters": int,
     "data": dict,
     "config": dict,
@@ -33,13 +34,16 @@ OPTIONAL: dict[str, Any] = {  # what older records lack, or only some runs have
     "metric": str,
     "text": dict,
     "text.max_length": int,
+    "text.labels": list,
+    "unit": str,
+    "score_interval95": list,
     "seed": int,
-    "images_in_full_split": int,
+    **dict.fromkeys(("examples_in_full_split", "images_in_full_split"), int),
     "recipe_differs": list,
     **dict.fromkeys(("base", "environment", "preprocessing", "selection", "tuning"), dict | None),
     "tuning.chosen": dict | None,
     "tuning.trials": list,
-    "data.source": str,
+    **dict.fromkeys(("data.source", "data.digest", "data.test_digest"), str),
     "data.splits": dict | None,
     "config.task": str,
     "config.seed": int,
@@ -71,7 +75,24 @@ def read_all(roots: Sequence[Path]) -> tuple[list[Run], list[Problem]]:
     if not runs:
         unfit = "".join(f"; {p.folder.name}: {p.text}" for p in problems[:3])
         raise ValueError(f"no finished run in {', '.join(map(str, roots))}{unfit}")
-    return runs, problems
+    return _told_apart(runs), problems
+
+
+def _told_apart(runs: Sequence[Run]) -> list[Run]:
+    """Tasks of one name are two where their data differ, called by their files' folders where these tell them apart."""
+    known: dict[str, dict[str, set[str]]] = defaultdict(lambda: defaultdict(set))
+    for run in runs:
+        if run.digest:
+            known[run.task][run.digest].add(run.file.parent.name)
+
+    def apart(run: Run) -> str:
+        if not run.digest or len(known[run.task]) < 2:
+            return ""
+        folders = [folder for some in known[run.task].values() for folder in some]
+        clear = all(folders) and len(set(folders)) == len(folders) == len(known[run.task])
+        return f" in {run.file.parent.name}" if clear else f", data {run.digest[:6]}"
+
+    return [replace(run, apart=apart(run)) for run in runs]
 
 
 def _folders(roots: Iterable[Path]) -> list[Path]:
@@ -104,7 +125,7 @@ def _read(folder: Path) -> tuple[Run, list[Problem]]:
     remarks = []
     history, labels, predicted = [], None, None
     try:
-        history = _history(folder / "metrics.jsonl", metric(result) == ACCURACY)
+        history = _history(folder / "metrics.jsonl", result)
     except (ValueError, OSError, RecursionError) as error:
         remarks.append(Problem(folder, f"metrics.jsonl is damaged ({error}): no learning curve"))
     if (folder / "predictions.npz").exists():
@@ -123,7 +144,8 @@ def _check(result: Any) -> None:
         raise ValueError("result.json holds control characters, which would steer the terminal")
     judged_by = metric(result)
     figure = "accuracy" if judged_by == ACCURACY else "score"
-    for name, kind in (NEEDED | {figure: int | float} | OPTIONAL).items():
+    count = "images" if "images" in result and "examples" not in result else "examples"
+    for name, kind in (NEEDED | {figure: int | float, count: int} | OPTIONAL).items():
         *parents, last = name.split(".")
         place = result
         for parent in parents:
@@ -134,31 +156,42 @@ def _check(result: Any) -> None:
     trials = (result.get("tuning") or {}).get("trials", [])
     if not all(isinstance(trial, dict) and isinstance(trial.get("settings"), dict) for trial in trials):
         raise ValueError("result.json has trials of --tune without settings")
-    percent, images = result[figure], result["images"]
-    if images < 1 or not (0 if judged_by == ACCURACY else -100) <= percent <= 100:  # correlations may be negative
-        raise ValueError(f"result.json has {judged_by} {percent} % over {images} images")
-    correct = percent * images / 100
+    percent, total, what = result[figure], examples(result), unit(result)
+    if total < 1 or not _lowest(figure) <= percent <= 100:
+        raise ValueError(f"result.json has {judged_by} {percent} % over {total} {what}")
+    correct = percent * total / 100
     if judged_by == ACCURACY and abs(correct - round(correct)) > 1e-3:
-        raise ValueError(f"result.json: {percent} % of {images} images is no whole number of images")
+        raise ValueError(f"result.json: {percent} % of {total} {what} is no whole number of {what}")
+    interval = result.get("score_interval95") or (0, 0)
+    if len(interval) != 2 or not all(isinstance(end, int | float) and abs(end) <= 100 for end in interval):
+        raise ValueError(f"result.json has no valid 'score_interval95': {interval}")
+    if not all(isinstance(label, str) for label in (result.get("text") or {}).get("labels", [])):
+        raise ValueError("result.json has labels that are no text")
+
+
+def _lowest(figure: str) -> int:
+    """Accuracies start at 0; correlations, which are scores, may be negative."""
+    return -100 if figure.endswith("score") else 0
 
 
 def _lines(path: Path) -> int:
     return len(read(path).splitlines()) if path.is_file() else 0
 
 
-def _history(path: Path, of_accuracy: bool) -> list[dict[str, Any]]:
-    """A record an epoch; none where no accuracy was watched."""
+def _history(path: Path, result: dict[str, Any]) -> list[dict[str, Any]]:
+    """A record an epoch; none where nothing but the loss was watched."""
     if not path.is_file():
         return []
     rows = [json.loads(line) for line in read(path).splitlines() if line.strip()]
+    of_accuracy, figures = metric(result) == ACCURACY, by_epoch(result)
     for row in rows:
         known = isinstance(row, dict) and isinstance(row.get("epoch"), int)
         if not known or (of_accuracy and "accuracy" not in row):
             raise ValueError(f"no epoch and accuracy in {json.dumps(row)[:60]}")
-        percents = [row[key] for key in CURVES if key in row]
-        if not 0 < row["epoch"] < 10**6 or not all(isinstance(p, int | float) and 0 <= p <= 100 for p in percents):
+        fit = all(isinstance(row[k], int | float) and _lowest(k) <= row[k] <= 100 for k in figures if k in row)
+        if not 0 < row["epoch"] < 10**6 or not fit:
             raise ValueError(f"an epoch or accuracy out of range in {json.dumps(row)[:60]}")
-    return rows if any(key in row for row in rows for key in CURVES) else []
+    return rows if any(key in row for row in rows for key in figures) else []
 
 
 def _predictions(path: Path, result: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
@@ -172,6 +205,6 @@ def _predictions(path: Path, result: dict[str, Any]) -> tuple[np.ndarray, np.nda
     if max(labels.max(initial=0), predicted.max(initial=0)) >= MOST_CLASSES or min(labels.min(), predicted.min()) < 0:
         raise ValueError(f"classes are 0 … {MOST_CLASSES - 1} at most")
     own = Accuracy(int((labels == predicted).sum()), len(labels))
-    if len(labels) != result["images"] or abs(own.percent - result["accuracy"]) > 1e-3:
-        raise ValueError(f"it holds {own}, result.json says {result['accuracy']:.1f} % of {result['images']:,}")
+    if len(labels) != examples(result) or abs(own.percent - result["accuracy"]) > 1e-3:
+        raise ValueError(f"it holds {own}, result.json says {result['accuracy']:.1f} % of {examples(result):,}")
     return labels.astype(int), predicted.astype(int)

@@ -2,54 +2,55 @@
 
 from collections.abc import Sequence
 
-from vtab.averages import AVERAGES, VTAB
-from vtab.tables import MEANS, Figure, Line, having, paper_name
-from vtab.tasks import GROUPS
+from vtab.tables import MEANS, Block, Figure, Line, paper_name
 
 
-def render(table: Sequence[Line], more: Sequence[str], caption: str) -> str:
-    """A booktabs table; needs \\usepackage{booktabs, graphicx}. Our best of each column is bold."""
-    inside, published = having(table, VTAB), [line for line in table if not line.ours]
-    parts = [_tabular([*inside, *published], [*VTAB, *AVERAGES], caption)] if inside else []
-    if more:
-        parts.append(_tabular(having(table, more), more, "Tasks that are not part of VTAB-1k."))
-    return "\n".join(["% needs \\usepackage{booktabs, graphicx}", *parts])
+def render(blocks: Sequence[Block]) -> str:
+    """booktabs tables; need \\usepackage{booktabs, graphicx}. Our best of each column is bold."""
+    return "\n".join(["% needs \\usepackage{booktabs, graphicx}", *map(_tabular, blocks)])
 
 
-def _tabular(table: Sequence[Line], columns: Sequence[str], caption: str) -> str:
-    names = [f"\\rotatebox{{90}}{{{escape(MEANS.get(c) or paper_name(c))}}}" for c in columns]
-    groups, rules, start = [], [], 2
-    for group, tasks in GROUPS.items():
-        if tasks[0] in columns:
-            groups.append(f"\\multicolumn{{{len(tasks)}}}{{c}}{{{group.capitalize()}}}")
-            rules.append(f"\\cmidrule(lr){{{start}-{start + len(tasks) - 1}}}")
-            start += len(tasks)
-    over = [" & " + " & ".join(groups) + f" & \\multicolumn{{{len(AVERAGES)}}}{{c}}{{Means}} & \\\\", "".join(rules)]
+def _tabular(block: Block) -> str:
+    names = [escape(name) for name in (*(MEANS.get(c) or paper_name(c) for c in block.columns), "Trained")]
+    names = [f"\\rotatebox{{90}}{{{name}}}" if block.upright else name for name in names]
     body = []
-    for index, line in enumerate(table):
-        if index and table[index - 1].ours and not line.ours:
+    for index, line in enumerate(block.lines):
+        if index and block.lines[index - 1].ours and not line.ours:
             body.append(r"\midrule")
-        cells = [_figure(line.figures.get(column)) for column in columns]
+        cells = [_figure(line.figures.get(column)) for column in block.columns]
         name = escape(line.label if line.ours else f"{line.label}, published")
         body.append(" & ".join([name, *cells, escape(line.parameters) or "--"]) + r" \\")
     return "\n".join(
         [
             r"\begin{table*}",
-            f"\\caption{{{escape(caption)}}}\\smallskip",
+            f"\\caption{{{escape(' '.join([f'{block.heading}.', *block.notes]))}}}\\smallskip",
             r"\setlength{\tabcolsep}{2pt}\scriptsize\centering",
-            rf"\begin{{tabular}}{{l{'c' * len(columns)}r}}",
+            rf"\begin{{tabular}}{{l{'c' * len(block.columns)}r}}",
             r"\toprule",
-            *(over if groups else []),
-            " & ".join(["Method", *names, r"\rotatebox{90}{Trained}"]) + r" \\",
+            *_over(block),
+            " & ".join(["Method", *names]) + r" \\",
             r"\midrule",
             *body,
             r"\bottomrule",
             r"\end{tabular}",
-            *_notes(table),
+            *_notes(block.lines),
             r"\end{table*}",
             "",
         ]
     )
+
+
+def _over(block: Block) -> list[str]:
+    """The line above the columns' names: which tasks are of one group."""
+    if len(block.groups) < 2:
+        return []
+    groups, rules, start = [], [], 2
+    for group, tasks in block.groups.items():
+        groups.append(f"\\multicolumn{{{len(tasks)}}}{{c}}{{{group.capitalize()}}}")
+        rules.append(f"\\cmidrule(lr){{{start}-{start + len(tasks) - 1}}}")
+        start += len(tasks)
+    means = f" & \\multicolumn{{{len(block.averages)}}}{{c}}{{Means}} & \\\\"
+    return [" & " + " & ".join(groups) + means, "".join(rules)]
 
 
 def _notes(table: Sequence[Line]) -> list[str]:
@@ -61,7 +62,8 @@ def _notes(table: Sequence[Line]) -> list[str]:
 def _figure(figure: Figure | None) -> str:
     if figure is None:
         return "--"
-    value = f"\\textbf{{{figure.value:.1f}}}" if figure.best else f"{figure.value:.1f}"
+    value = f"{figure.value:.1f}".replace("-", "$-$")
+    value = f"\\textbf{{{value}}}" if figure.best else value
     spread = "" if figure.std is None else f"\\,{{\\tiny$\\pm${figure.std:.1f}}}"
     marks = escape(" ".join(part for part in (figure.mark, figure.caveat) if part))
     return value + (f"\\textsuperscript{{{marks}}}" if marks else "") + spread

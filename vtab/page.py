@@ -6,12 +6,11 @@ from collections.abc import Sequence
 from importlib import resources
 from typing import Any
 
-from vtab import charts, tables
-from vtab.averages import AVERAGES, VTAB
+from vtab import charts, mistakes, tables
+from vtab.averages import VTAB
 from vtab.published import Published, published
 from vtab.rows import Row
-from vtab.runs import ACCURACY, Problem, Run, metric
-from vtab.tasks import GROUPS
+from vtab.runs import ACCURACY, Problem, Run, examples, in_full_split, metric
 from vtab.textfile import LIMIT
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -25,31 +24,40 @@ def render(rows: Sequence[Row], beside: Sequence[Published], problems: Sequence[
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     template = environment.from_string((resources.files("vtab") / "report.html.j2").read_text(encoding="utf-8"))
-    more, table = tables.extras(rows), tables.lines(rows, beside)
     runs = [run for row in rows for run in row.runs]
+    blocks, tasks, units = tables.blocks(rows, beside), charts.tasks_of(rows), dict.fromkeys(row.unit for row in rows)
     return template.render(
+        title=_title(tasks),
         made=f"{datetime.datetime.now(datetime.UTC):%d %B %Y, %H:%M} UTC",
         runs=runs,
         rows=rows,
         problems=problems,
-        inside=tables.having(table, VTAB),
-        outside=tables.having(table, more),
-        theirs=[line for line in table if not line.ours],
-        groups=GROUPS,
-        vtab=VTAB,
-        averages=AVERAGES,
-        means=tables.MEANS,
-        extras=more,
-        names={task: tables.paper_name(task) for task in (*VTAB, *more)},
-        notes=tables.NOTES,
+        blocks=blocks,
+        names={name: tables.paper_name(name) for block in blocks for name in block.columns} | tables.MEANS,
         generated=tables.GENERATED if any(run.generated for run in runs) else "",
-        bars=_uri(charts.bars(rows, beside)),
-        curves=_uri(charts.curves(rows)),
-        parameters=_uri(charts.against_parameters(rows, beside)),
-        tasks=[_task(task, rows) for task in charts.tasks_of(rows)],
+        pictures=[_pictures([row for row in rows if row.unit == unit], beside) for unit in units],
+        tasks=[_task(task, rows) for task in tasks],
         facts=[_facts(row) for row in rows],
-        published=published(),
+        published=published() if any(block.averages for block in blocks) else (),
     )
+
+
+def _title(tasks: Sequence[str]) -> str:
+    """Which tasks the report is on."""
+    if set(tasks) & set(VTAB):
+        return "VTAB-1k report"
+    return f"Report on {tasks[0] if len(tasks) == 1 else f'{len(tasks)} tasks'}"
+
+
+def _pictures(rows: Sequence[Row], beside: Sequence[Published]) -> dict[str, Any]:
+    """The charts of rows that are judged on the same kind of examples, and what their axes show."""
+    return {
+        "unit": rows[0].unit,
+        "judged": tables.judged_by(rows, charts.tasks_of(rows)),
+        "bars": _uri(charts.bars(rows, beside)),
+        "curves": _uri(charts.curves(rows)),
+        "parameters": _uri(charts.against_parameters(rows, beside)),
+    }
 
 
 def _uri(picture: bytes | None) -> str | None:
@@ -60,7 +68,7 @@ def _uri(picture: bytes | None) -> str | None:
 
 
 def _task(task: str, rows: Sequence[Row]) -> dict[str, Any]:
-    """What the page shows of one task: its best row's first run, test images and confusions."""
+    """What the page shows of one task: of its best row's first run the confusions, test images, mistakes."""
     row = max((row for row in rows if task in row.cells), key=lambda row: (row.comparable, row.cells[task].mean))
     run = row.cells[task].runs[0]
     picture = run.folder / "predictions.png"
@@ -70,11 +78,22 @@ def _task(task: str, rows: Sequence[Row]) -> dict[str, Any]:
         "id": task,
         "label": row.label,
         "run": run,
-        "figure": f"{run.accuracy:.1f}{' % of' if metric(run.result) == ACCURACY else ' on'} {_count(run)}",
+        "figure": f"{run.accuracy:.1f} %{' of' if metric(run.result) == ACCURACY else ' on'} {_count(run)}",
         "generated": run.generated,
         "confusion": _uri(charts.confusion(run)) if run.labels is not None else None,
         "predictions": _uri(shown) if shown.startswith(PNG) else None,
+        "mistakes": mistakes.of(run.folder),
+        "lacking": _lacking(run, shown.startswith(PNG)),
     }
+
+
+def _lacking(run: Run, shown: bool) -> list[str]:
+    """The files that runs of its kind leave and this one does not have."""
+    wanted = {
+        "predictions.npz": run.labels is None and (run.unit == "images" or bool(run.classes)),
+        "predictions.png": run.unit == "images" and not shown,
+    }
+    return [name for name, lacks in wanted.items() if lacks]
 
 
 def _facts(row: Row) -> dict[str, Any]:
@@ -83,10 +102,10 @@ def _facts(row: Row) -> dict[str, Any]:
     return {
         "label": row.label,
         "facts": {
-            "images": _each(row, lambda run: f"{run.task}: {_images(run)}"),
+            row.runs[0].unit: _each(row, lambda run: f"{run.task}: {_source(run)}"),
             "checkpoint": f"{base['model']}, weights {base['weights']}",
             "digest of the base": _each(row, lambda run: run.base["digest"] or "not recorded"),
-            "normalisation": _each(row, _normalisation),
+            "input": _each(row, _input),
             "selection": _each(row, _selection),
             "test": _each(row, lambda run: f"{run.task}: {_judged(run)}"),
             "recipe": _each(row, _recipe),
@@ -117,31 +136,29 @@ def _environment(run: Run) -> dict[str, Any]:
     return run.result.get("environment") or {}
 
 
-def _images(run: Run) -> str:
+def _source(run: Run) -> str:
     source = run.result["data"].get("source", "source not recorded")
+    if run.apart:
+        source += f" ({run.file})"
     return f"{source}, {tables.GENERATED}" if run.generated else f"{source}, {run.variant}" if run.variant else source
 
 
 def _judged(run: Run) -> str:
-    full, split = run.result.get("images_in_full_split"), "val200" if run.tuning else "test"
-    if full in (None, run.result["images"]):
+    full, split = in_full_split(run.result), run.watched if run.tuning else "test"
+    if full in (None, examples(run.result)):
         return f"{split}, {_count(run)}"
-    return f"{split}, first {run.result['images']:,} of {full:,} {_what(run)}"
+    return f"{split}, first {examples(run.result):,} of {full:,} {run.unit}"
 
 
 def _count(run: Run) -> str:
-    return f"{run.result['images']:,} {_what(run)}"
+    return f"{examples(run.result):,} {run.unit}"
 
 
-def _what(run: Run) -> str:
-    return "texts" if run.text else "images"
-
-
-def _normalisation(run: Run) -> str:
+def _input(run: Run) -> str:
     if run.text:
-        return f"none: texts of at most {run.text.get('max_length')} tokens"
+        return f"texts of at most {run.text.get('max_length')} tokens"
     how, name = run.result.get("preprocessing") or {}, run.result.get("normalization") or "model"
-    return f"{name}: mean {how.get('mean')}, std {how.get('std')}, {how.get('size')} px"
+    return f"normalisation {name}: mean {how.get('mean')}, std {how.get('std')}, {how.get('size')} px"
 
 
 def _selection(run: Run) -> str:

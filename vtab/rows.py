@@ -7,7 +7,7 @@ from statistics import fmean, stdev
 
 from vtab.averages import VTAB, Average, averages
 from vtab.evaluate import Accuracy
-from vtab.runs import ACCURACY, Problem, Run, metric
+from vtab.runs import ACCURACY, Problem, Run, examples, metric
 from vtab.tasks import GROUPS, TASKS
 
 
@@ -27,16 +27,17 @@ class Cell:
         return stdev(run.accuracy for run in self.runs) if len(self.runs) > 1 else None
 
     @property
-    def images(self) -> int:
-        return min(run.result["images"] for run in self.runs)
+    def examples(self) -> int:
+        return min(examples(run.result) for run in self.runs)
 
     @property
     def interval(self) -> tuple[float, float] | None:
-        """95 % Wilson interval of the mean on that many images: seeds share the images, so they do not add up. None
-        where the metric is no accuracy."""
+        """95 % Wilson interval of the mean on that many examples: seeds share them, so they do not add up. Where the
+        metric is no accuracy, the mean of the seeds' intervals; None where these are not recorded."""
         if metric(self.runs[0].result) != ACCURACY:
-            return None
-        return Accuracy(round(self.mean * self.images / 100), self.images).interval
+            known = [run.result.get("score_interval95") for run in self.runs]
+            return (fmean(low for low, _ in known), fmean(high for _, high in known)) if all(known) else None
+        return Accuracy(round(self.mean * self.examples / 100), self.examples).interval
 
     @property
     def generated(self) -> bool:
@@ -44,8 +45,10 @@ class Cell:
 
     @property
     def judged(self) -> tuple[object, ...]:
-        """Number and kind of test images, and the seeds: cells that differ here are not ranked."""
-        return self.images, self.generated, self.runs[0].variant, tuple(run.seed for run in self.runs)
+        """Number and kind of test examples, and the seeds: cells that differ here are not ranked."""
+        tests = {run.result["data"].get("test_digest") for run in self.runs}
+        seeds = tuple(run.seed for run in self.runs)
+        return self.examples, self.generated, self.runs[0].variant, frozenset(tests), seeds
 
 
 @dataclass
@@ -68,6 +71,11 @@ class Row:
     @property
     def runs(self) -> list[Run]:
         return [run for cell in self.cells.values() for run in cell.runs]
+
+    @property
+    def unit(self) -> str:
+        """What its runs are judged on."""
+        return self.runs[0].unit
 
     @property
     def comparable(self) -> bool:
@@ -126,7 +134,8 @@ def arrange(runs: Sequence[Run]) -> tuple[list[Row], list[Problem]]:
                 rows[-1].cells[task] = Cell(tuple(run for _, run in sorted(by_task[task].items())))
     usual = {"final", "honest"}
     rows.sort(key=lambda r: (not usual <= set(r.facets.values()), *r.parameters(), r.method, *r.facets.values()))
-    _name(rows)
+    for unit in {row.unit for row in rows}:
+        _name([row for row in rows if row.unit == unit])
     return rows, problems
 
 
@@ -136,14 +145,15 @@ def identity(run: Run) -> dict[str, str]:
     digest = None if base["weights"] == "random" else base["digest"]  # random weights come from each run's seed
     recipe, limit = run.result.get("recipe"), run.test_limit
     return {
-        "stage": "judged on val200" if run.tuning else "final",
+        "unit": run.unit,
+        "stage": f"judged on {run.watched}" if run.tuning else "final",
         "protocol": "honest" if run.honest else "paper protocol (best of test)",
         "model": str(base["model"]),
         "weights": f"weights {base['weights']}",
         "digest": f"digest {str(digest)[:12]}" if digest else "digest not recorded",
         "size": _size(run),
         "normalisation": f"normalisation {run.result.get('normalization') or 'model'}",
-        "test": f"first {limit:,} test images" if limit else "whole test split",
+        "test": f"first {limit:,} test {run.unit}" if limit else "whole test split",
         "lists": "partial lists" if run.partial else "whole lists",
         "recipe": f"recipe {recipe}" if recipe else "no recipe",
         "settings": "tuned on val200" if tuned else "settings given",
@@ -188,7 +198,7 @@ def _facts(run: Run) -> dict[str, str]:
 
 
 def _name(rows: Sequence[Row]) -> None:
-    """Label each row by what differs between rows; a row that is no honest test is called so in any case."""
+    """Label each row by what differs between these; a row that is no honest test is called so in any case."""
     usual = {"stage": "final", "protocol": "honest", "test": "whole test split", "lists": "whole lists"}
     names = list(dict.fromkeys(name for row in rows for name in row.facets))
     apart = {name for name in names if len({row.facets[name] for row in rows if name in row.facets}) > 1}

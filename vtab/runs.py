@@ -14,7 +14,6 @@ from vtab.labels import recorded
 from vtab.lists import LENGTHS
 from vtab.tasks import TASKS
 
-CURVES = ("accuracy", "val_accuracy", "test_accuracy")  # of an epoch, in percent: on training, val200 and test images
 ACCURACY = "accuracy"
 ELSEWHERE = {"task", "method", "seed", "out", "name", "device", "data_root", "split_file"}  # no setting of the training
 
@@ -30,6 +29,28 @@ def score(result: dict[str, Any]) -> float:
     return found
 
 
+def unit(result: dict[str, Any]) -> str:
+    """What it was judged on: images, texts, questions. Older records name it by their kind alone."""
+    return str(result.get("unit", "texts" if result.get("text") else "images"))
+
+
+def examples(result: dict[str, Any]) -> int:
+    """How many of these; older records count images, whatever they are."""
+    count: int = result["examples"] if "examples" in result else result["images"]
+    return count
+
+
+def in_full_split(result: dict[str, Any]) -> int | None:
+    """How many there were to judge it on; None where it is not recorded."""
+    count: int | None = result.get("examples_in_full_split", result.get("images_in_full_split"))
+    return count
+
+
+def by_epoch(result: dict[str, Any]) -> tuple[str, ...]:
+    """An epoch's figures in percent: accuracy in training first, then what was watched."""
+    return (ACCURACY, "val_accuracy", "test_accuracy") if metric(result) == ACCURACY else (ACCURACY, "val_score")
+
+
 @dataclass(frozen=True)
 class Run:
     """A finished run.
@@ -38,6 +59,7 @@ class Run:
     result: result.json
     history: metrics.jsonl; empty where it is absent or damaged
     labels, predicted: predictions.npz; None where it is absent or damaged
+    apart: what tells its data from others of the same name
     """
 
     folder: Path
@@ -45,6 +67,7 @@ class Run:
     history: list[dict[str, Any]] = field(default_factory=list)
     labels: np.ndarray | None = None
     predicted: np.ndarray | None = None
+    apart: str = ""
 
     @property
     def config(self) -> dict[str, Any]:
@@ -52,9 +75,20 @@ class Run:
 
     @property
     def task(self) -> str:
-        """With what it is judged by, unless that is top-1 accuracy: figures of two metrics never share a column."""
-        name, judged_by = self.result["task"], metric(self.result)
+        """With what it is judged by, unless that is top-1 accuracy: figures of two metrics never share a column. Nor do
+        those of two files of one name."""
+        name, judged_by = self.result["task"] + self.apart, metric(self.result)
         return name if judged_by == ACCURACY else f"{name} ({judged_by})"
+
+    @property
+    def digest(self) -> str | None:
+        """Of the data that the task is named after; None where it is not recorded."""
+        return self.result["data"].get("digest")
+
+    @property
+    def file(self) -> Path:
+        """Which holds that data, as the command gave it."""
+        return Path(str(self.config.get("train") or self.config.get("data") or ""))
 
     @property
     def seed(self) -> int:
@@ -108,6 +142,21 @@ class Run:
     def text(self) -> dict[str, Any]:
         """What a text run says of its texts; empty for images."""
         return self.result.get("text") or {}
+
+    @property
+    def classes(self) -> list[str]:
+        """Their names, where they are recorded."""
+        return self.text.get("labels") or []
+
+    @property
+    def unit(self) -> str:
+        """As `unit` of its result."""
+        return unit(self.result)
+
+    @property
+    def watched(self) -> str:
+        """The split that settings are chosen by."""
+        return "val200" if self.unit == "images" else "val"
 
     @property
     def base(self) -> dict[str, Any]:

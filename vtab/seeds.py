@@ -7,7 +7,7 @@ from typing import Any
 
 from vtab import protocol
 from vtab.command import Command
-from vtab.runs import ACCURACY, metric, score
+from vtab.runs import ACCURACY, examples, metric, score
 from vtab.training import Training
 
 MOST = 100
@@ -94,10 +94,10 @@ def summarise(results: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def told(config: Training, summary: dict[str, Any]) -> str:
-    """The summary as text: mean and spread, then each seed's accuracy with the interval its images allow."""
+    """The summary as text: mean and spread, then each seed's accuracy with the interval that so many examples allow."""
     lines = []
     for result in summary["runs"]:
-        count = f"n = {result['images']:,}"
+        count = f"n = {examples(result):,}"
         if metric(result) == ACCURACY:
             low, high = result["interval95"]
             said = f"{result['accuracy']:.1f} % ({low:.1f} … {high:.1f}, {count})"

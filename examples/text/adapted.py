@@ -13,9 +13,10 @@ from torch import nn
 import capavision as cv
 from capavision.files import replacing
 from examples.text.encode import Encoded, check_vocabulary
+from examples.text.metrics import OF_NUMBERS
 from examples.text.model import build_model, try_batch
 from examples.text.settings import TextTraining
-from vtab import record
+from vtab import plots, record
 from vtab.setup import digest, pick_device
 from vtab.textfile import write
 
@@ -55,7 +56,7 @@ class Adapted:
     def conclude(
         self, folder: Path, found: dict[str, Any], data: dict[str, Any], history: list[dict[str, Any]], seconds: float
     ) -> dict[str, Any]:
-        """Write result.json, the run's last file, and return it.
+        """Write curve.png and result.json, the run's last file, and return what that holds.
 
         Args:
             folder: the run's.
@@ -77,12 +78,24 @@ class Adapted:
             "selection": {"settings": origin, "epoch": "the last", "looks_at_test": int(config.judge == "test")},
             "data": data,
             "text": self.text,
-            "base": {"model": config.model, "weights": "pretrained", "digest": self.digest, "img_size": None},
+            "base": {"model": config.model, "weights": "pretrained", "digest": self.digest},
             "environment": _environment(self.device),
         }
+        self._picture(folder / "curve.png", result, history)
         write(folder / "result.json", json.dumps(result, indent=1))
         (folder / "checkpoint.safetensors").unlink(missing_ok=True)
         return result
+
+    def _picture(self, path: Path, result: dict[str, Any], history: list[dict[str, Any]]) -> None:
+        """The learning curve."""
+        metric = result["metric"]
+        loss = "mean squared error" if metric in OF_NUMBERS else "cross-entropy"
+        what = "test, looked at once" if result["split"] == "test" else result["split"]
+        source = f"{result['task']} ({result['data']['source']})"
+        title = f"{source}, {Path(self.config.model).name}, {result['method']}"
+        training = "training" if metric == "accuracy" else "training accuracy"
+        lines = {"accuracy": training, "val_score": "val"}
+        plots.curve(path, history, (what, history[-1]["epoch"], result["score"]), title, metric, loss, lines)
 
 
 def adapt(config: TextTraining, text: dict[str, Any], tokenizer: Any, some: Encoded, folder: Path) -> Adapted:

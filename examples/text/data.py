@@ -4,7 +4,9 @@ Texts that come in one piece are deduplicated and split once, by --split-seed al
 the same test texts.
 """
 
-from collections.abc import Hashable, Mapping, Sequence
+import hashlib
+import json
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -40,6 +42,10 @@ class Texts:
     def head(self, count: int | None) -> "Texts":
         """The first `count`; all for None."""
         return self if count is None else self.take(range(min(count, len(self))))
+
+    def digest(self, labels: list[str] | None) -> str:
+        """What tells these texts, whose classes have these names, from others."""
+        return digest([labels, list(self.first), self.second and list(self.second), self.labels.tolist()])
 
     def keys(self) -> list[Hashable]:
         """What makes a text another one: neither case, which many encoders do not read, nor white space."""
@@ -77,6 +83,18 @@ def plain(text: str) -> str:
     'a warm film'
     """
     return " ".join(text.split()).casefold()
+
+
+def digest(rows: Iterable[object]) -> str:
+    """16 hex digits that tell the rows, which JSON can write, from others.
+
+    >>> digest([("a warm film", 1)])
+    '2317b9f0063cb309'
+    """
+    found = hashlib.sha256()
+    for row in rows:
+        found.update(json.dumps(row).encode() + b"\n")
+    return found.hexdigest()[:16]
 
 
 def unique(texts: Texts, besides: Sequence[Texts] = ()) -> tuple[Texts, dict[str, int]]:

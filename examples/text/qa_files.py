@@ -3,6 +3,7 @@
 predictions.json             the answer to each question by its id, as SQuAD's official scripts read it
 nbest_predictions.json       the best answers to each, with their shares of a softmax over the scores kept
 null_odds.json               for v2.0: the null score minus the best other, for evaluate-v2.0.py --na-prob-file
+wrong_answers.csv            what was answered otherwise than expected, the worst first, for people to read
 """
 
 import json
@@ -12,6 +13,8 @@ from typing import Any
 
 import numpy as np
 
+from examples.text import tables
+from examples.text.answers import Scores, golds
 from examples.text.questions import Squad
 from examples.text.spans import Decoded
 from vtab.textfile import write
@@ -31,6 +34,23 @@ def write_answers(folder: Path, questions: Squad, decoded: Sequence[Decoded], sa
     if questions.version == "2.0":
         odds = {q.id: told.odds for q, told in zip(questions.questions, decoded, strict=True)}
         write(folder / "null_odds.json", json.dumps(odds, indent=1))
+
+
+def write_wrong(folder: Path, questions: Squad, said: Mapping[str, str], scores: Scores) -> None:
+    """The questions without an exact match, with the answers that would have been right; "" is none.
+
+    Args:
+        folder: the run's.
+        questions: those that were asked.
+        said: the answer that was given, by the question's id.
+        scores: theirs.
+    """
+    wrong = [i for i in np.argsort(scores.f1, kind="stable") if not scores.exact[i]]
+    rows = [
+        (q.id, q.text, " | ".join(dict.fromkeys(golds(q, questions.version))), said[q.id], round(100 * scores.f1[i], 1))
+        for i, q in ((i, questions.questions[i]) for i in wrong)
+    ]
+    tables.write(folder / "wrong_answers.csv", ["id", "question", "expected", "given", "f1"], rows)
 
 
 def nbest(questions: Squad, decoded: Sequence[Decoded]) -> dict[str, list[dict[str, Any]]]:

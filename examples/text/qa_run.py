@@ -1,8 +1,8 @@
 """A question-answering run from its settings to its folder.
 
-config.json, metrics.jsonl, result.json, adapter.safetensors     as vtab.record has them
-tokenizer.json, tokenizer_config.json, model_config/config.json  as transformers saves them
-predictions.json, nbest_predictions.json, null_odds.json          as qa_files has them
+config.json, metrics.jsonl, result.json, adapter.safetensors, curve.png                as vtab.record has them
+tokenizer.json, tokenizer_config.json, model_config/config.json                        as transformers saves them
+predictions.json, nbest_predictions.json, null_odds.json, wrong_answers.csv            as qa_files has them
 """
 
 import functools
@@ -142,6 +142,8 @@ def facts_of(config: QuestionAnswering, training: Squad, judging: Squad) -> dict
     judged, known = judging.head(config.test_limit), set(training.contexts)
     return {
         "source": ", ".join(dict.fromkeys((training.source, judging.source))),
+        "digest": training.digest,
+        "test_digest": judging.digest,
         "version": judged.version,
         "splits": {"train": len(training), config.judge: len(judging)},
         "answerable": {"train": training.answerable, "judged": judged.answerable},
@@ -172,6 +174,7 @@ def conclude(setup: QuestionSetup, folder: Path, history: list[dict[str, Any]]) 
     scores = answers.score(questions, said)
     figures = scores.record(questions.version)
     qa_files.write_answers(folder, questions, decoded, said)
+    qa_files.write_wrong(folder, questions, said, scores)
     found = {
         "metric": "f1",
         "score": figures["f1"],
@@ -180,8 +183,9 @@ def conclude(setup: QuestionSetup, folder: Path, history: list[dict[str, Any]]) 
         "interval95": scores.matches.interval,
         "metrics": figures,
         "null_threshold": thresholds(setup, decoded),
-        "images": len(questions),  # vtab's word for examples
-        "images_in_full_split": setup.facts["splits"][setup.config.judge],
+        "examples": len(questions),
+        "examples_in_full_split": setup.facts["splits"][setup.config.judge],
+        "unit": "questions",
     }
     result = setup.adapted.conclude(folder, found, setup.facts, history, seconds)
     tell(setup, result, scores)

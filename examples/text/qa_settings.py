@@ -71,8 +71,8 @@ class QuestionAnswering(TextTraining):
 
     @property
     def task(self) -> str:
-        """The training questions' name in records: of a file its own."""
-        return self.data or (self.train.name if self.train else "")
+        """The training questions' name in records: of a file its own, without .json."""
+        return self.data or (self.train.stem if self.train else "")
 
     @property
     def files(self) -> tuple[Path, ...]:

@@ -34,11 +34,13 @@ class Squad:
     """The questions of one file.
 
     version: "2.0" where questions may be impossible, else "1.1"; the two are scored by different scripts
+    digest: of the whole file, whichever part of its questions these are
     """
 
     questions: tuple[Question, ...]
     version: str
     source: str
+    digest: str = ""
 
     def __len__(self) -> int:
         return len(self.questions)

@@ -1,7 +1,8 @@
 """A text run from its settings to its folder.
 
-config.json, metrics.jsonl, result.json, adapter.safetensors, predictions.npz     as vtab.record has them
-tokenizer.json, tokenizer_config.json, model_config/config.json                   as transformers saves them
+config.json, metrics.jsonl, result.json, adapter.safetensors, predictions.npz, curve.png    as vtab.record has them
+tokenizer.json, tokenizer_config.json, model_config/config.json                             as transformers saves them
+predictions.csv     each text that judged the run, its label, what was predicted and of a class how probable it seemed
 """
 
 import time
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 import capavision as cv
-from examples.text import metrics, sources
+from examples.text import metrics, sources, tables
 from examples.text.adapted import Adapted, adapt
 from examples.text.data import TextData, Texts
 from examples.text.encode import Encoded, encode
@@ -118,13 +119,29 @@ def conclude(setup: TextSetup, folder: Path, history: list[dict[str, Any]]) -> d
         score = _accuracy(setup, texts, logits)
         found |= {"accuracy": score.percent, "interval95": score.interval}
         record.write_predictions(folder / "predictions.npz", texts.labels, logits.cpu().numpy())
-    found |= {"images": len(texts), "images_in_full_split": len(data.splits[judge])}  # vtab's word for examples
+    write_predictions(folder / "predictions.csv", setup, texts, logits)
+    found |= {"examples": len(texts), "examples_in_full_split": len(data.splits[judge]), "unit": "texts"}
     facts = {"source": data.source, "splits": {k: len(s) for k, s in data.splits.items()}, **data.facts}
     result = setup.adapted.conclude(folder, found, facts, history, seconds)
     parts = ", ".join(f"{name} {value:.2f} %" for name, value in result["metrics"].items())
     told = parts if data.metric != "accuracy" else f"accuracy {score}"
     print(f"{data.task} ({data.source}): {judge} {told}, {setup.adapted.report.trained:,} trained values\n{folder}")
     return result
+
+
+def write_predictions(path: Path, setup: TextSetup, texts: Texts, logits: Tensor) -> None:
+    """What was predicted for each text, in their order, for people to read."""
+    labels, pairs = setup.data.labels, texts.second is not None
+    columns: list[Any] = [texts.first, *([texts.second] if pairs else [])]
+    if labels is None:
+        columns += [
+            [float(f"{number:.7g}") for number in numbers] for numbers in (texts.labels, setup.predicted(logits))
+        ]
+    else:
+        columns += [[labels[i] for i in classes] for classes in (texts.labels, setup.predicted(logits))]
+        columns.append([float(f"{p:.6g}") for p in logits.softmax(1).amax(1).tolist()])
+    header = ["text", *(["text_pair"] if pairs else []), "label", "predicted", *(["probability"] if labels else [])]
+    tables.write(path, header, zip(*columns, strict=True))
 
 
 def _accuracy(setup: TextSetup, texts: Texts, logits: Tensor) -> Accuracy:

@@ -9,11 +9,13 @@ impossible: is_impossible is true and answers is empty. Whatever else a file hol
 
 import re
 from collections.abc import Iterable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from capavision.hub import asked_once
 from capavision.targets import near
+from examples.text.data import digest
 from examples.text.questions import Answer, Question, Squad
 from vtab.textfile import read_json
 
@@ -38,7 +40,7 @@ def read(path: Path) -> Squad:
     said = str(content.get("version", "")) if isinstance(content, dict) else ""
     questions = _checked(_questions(content), str(path))
     newer = said.lstrip("vV").startswith("2") or any(not question.answers for question in questions)
-    return Squad(questions, "2.0" if newer else "1.1", path.name)
+    return Squad(questions, "2.0" if newer else "1.1", path.name, digest(map(asdict, questions)))
 
 
 def fetch(name: str) -> tuple[Squad, Squad]:
@@ -70,7 +72,8 @@ def from_rows(rows: Iterable[dict[str, Any]], version: str, source: str) -> Squa
     Raises:
         ValueError: rows of another structure, an answer that is not where it is said to be, an id twice, no question.
     """
-    return Squad(_checked(_of_rows(rows), source), version, source)
+    questions = _checked(_of_rows(rows), source)
+    return Squad(questions, version, source, digest(map(asdict, questions)))
 
 
 def _questions(content: Any) -> Iterator[tuple[str, Question]]:

@@ -1,11 +1,14 @@
-"""Rows of a .csv or .tsv file, with file and line in every complaint.
+"""Rows of a .csv or .tsv file, with file and line in every complaint; and tables for others to read.
 
 A .csv is quoted as spreadsheets quote; in a .tsv every character stands for itself, quotation marks too, as in GLUE's
 files.
 """
 
 import csv
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+
+from capavision.files import replacing
 
 LONGEST = 1 << 30  # characters of a field; csv's own limit is 131,072
 
@@ -40,6 +43,15 @@ def read(path: Path, columns: list[str]) -> list[list[str]]:
     if not rows:
         raise ValueError(f"{path} has no rows below its header")
     return rows
+
+
+def write(path: Path, header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    """Write a .csv file whole or not at all. Texts stand in it as they are, each between quotation marks: a line may
+    break in one in more ways than csv looks for."""
+    with replacing(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC)
+        writer.writerow(header)
+        writer.writerows(rows)
 
 
 def _places(path: Path, header: list[str], columns: list[str]) -> dict[int, str]:
