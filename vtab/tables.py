@@ -55,6 +55,12 @@ class Line:
     remark: str
     unit: str = "images"
 
+    @property
+    def in_words(self) -> str:
+        """The remark, and what the figures' marks say: for files of bare numbers."""
+        generated = [task for task, figure in self.figures.items() if figure.mark and task not in AVERAGES]
+        return "; ".join(filter(None, [self.remark, f"{', '.join(generated)} {GENERATED}" if generated else ""]))
+
 
 @dataclass(frozen=True)
 class Block:
@@ -177,9 +183,8 @@ def _published(row: Published) -> Line:
 
 
 def _remark(row: Row) -> str:
-    generated = [task for task, cell in row.cells.items() if cell.generated]
     images = [row.facets["images"]] if "images" in row.facets and row.facets["images"] not in row.label else []
-    return "; ".join([*row.remarks, *images, *([f"{', '.join(generated)} {GENERATED}"] if generated else [])])
+    return "; ".join([*row.remarks, *images])
 
 
 def _span(ends: tuple[int, int]) -> str:
@@ -220,7 +225,7 @@ def as_csv(table: Sequence[Line], blocks: Sequence[Block]) -> str:
             figure = line.figures.get(name)
             complete = "" if figure is None else "no" if figure.mark or figure.caveat else "yes"
             written += [_number(figure and figure.value), _number(figure and figure.std), complete]
-        writer.writerow([*written, line.parameters.replace(",", ""), line.seeds, line.remark, line.unit])
+        writer.writerow([*written, line.parameters.replace(",", ""), line.seeds, line.in_words, line.unit])
     return out.getvalue()
 
 
