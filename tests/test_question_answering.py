@@ -554,7 +554,7 @@ def test_the_official_form_scores_as_the_record_says(finished, mini):
     assert result["selection"]["looks_at_test"] == 1
     assert result["text"] == {
         "model": result["config"]["model"], "architecture": "BertForQuestionAnswering", "task": "2.0.json",
-        "max_length": 48, "stride": 16, "pair": True,
+        "max_length": 48, "pair": True, "stride": 16, "longest_answer": 30, "n_best": 20, "null_threshold": 0.0,
     }  # fmt: skip
 
 

@@ -97,8 +97,11 @@ def prepare(config: QuestionAnswering, folder: Path) -> QuestionSetup:
         "architecture": architecture(config.model, "QUESTION_ANSWERING"),
         "task": config.task,
         "max_length": config.max_length,
-        "stride": config.stride,
         "pair": True,
+        "stride": config.stride,
+        "longest_answer": config.longest_answer,
+        "n_best": config.n_best,
+        "null_threshold": config.null_threshold if judging.version == "2.0" else None,
     }
     tokenizer, judged = load_tokenizer(config.model), judging.head(config.test_limit)
     cut = [windows.cut(part, tokenizer, config.max_length, config.stride) for part in (training, judged)]
