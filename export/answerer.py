@@ -43,7 +43,7 @@ class Answerer(Runtime):
 
         Args:
             questions: each a pair (question, context).
-            top: answers to each question, as many as there are at the most.
+            top: answers to each question; the run's n_best, and that there is none, at the most.
             null_threshold: another than the run's: the higher it is, the fewer questions get no answer.
 
         Raises:
@@ -61,16 +61,16 @@ class Answerer(Runtime):
             )
         threshold = self.null_threshold if null_threshold is None else null_threshold
         starts = range(0, len(questions), CHUNK)
-        found = [told for start in starts for told in self._decoded(questions[start : start + CHUNK], start, top)]
+        found = [told for start in starts for told in self._decoded(questions[start : start + CHUNK], start)]
         return [told.ranked(threshold)[:top] for told in found]
 
     def _taken(self) -> Questions:
         return self.input  # type: ignore[return-value]  # `kinds` saw to it
 
-    def _decoded(self, questions: Sequence[Pair], first: int, top: int) -> list[Decoded]:
+    def _decoded(self, questions: Sequence[Pair], first: int) -> list[Decoded]:
         about, windows = self.manifest["input"], self._taken().windows(questions, first)
         contexts = [context for _, context in questions]
-        return decode(contexts, windows, self._logits(windows), about["longest_answer"], max(top, about["n_best"]))
+        return decode(contexts, windows, self._logits(windows), about["longest_answer"], about["n_best"])
 
     def _logits(self, windows: Sequence[Window]) -> list[tuple[np.ndarray, np.ndarray]]:
         """Start and end logits of each window; of like length go together, with dynamic int8, whose scales are of a

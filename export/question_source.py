@@ -1,5 +1,5 @@
-"""A run on questions as the exporter sees it: a text run whose graph gives start and end logits, and how its answers are
-chosen by them.
+"""A run on questions as the exporter sees it: as one on texts, but that its graph gives start and end logits, and that
+its package says how answers are chosen by them.
 """
 
 import dataclasses
@@ -41,7 +41,9 @@ class QuestionSource(TextSource):
             ValueError: nothing tells.
         """
         if theirs is None:
-            raise ValueError(f"{folder / TOKENIZER_CONFIG} is missing; it belongs to the run, where transformers saved it")
+            raise ValueError(
+                f"{folder / TOKENIZER_CONFIG} is missing; it belongs to the run, where transformers saved it"
+            )
         return {"null": theirs.cls_token_id}
 
     @property
@@ -80,7 +82,7 @@ def _answers(file: Path, text: dict[str, Any]) -> dict[str, Any]:
 
 def _recorded(path: Path) -> dict[str, Any]:
     """Runs of before the adapter file said it have it here."""
-    result = read_json(path) if path.is_file() else {}
+    result: dict[str, Any] = read_json(path) if path.is_file() else {}
     if not fits(result, {"config": dict, "null_threshold": lambda value: value is None or fits(value, {})}):
         return {}
-    return result["config"] | {"null_threshold": (result["null_threshold"] or {}).get("used")}
+    return {**result["config"], "null_threshold": (result["null_threshold"] or {}).get("used")}

@@ -114,7 +114,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     args.package, args.threads = args.package.absolute(), args.threads or max(1, (os.cpu_count() or 1) // args.replicas)
     manifest = read_manifest(args.package)
     if (kind := kind_of(manifest)) != "image":
-        raise ValueError(f"{args.package} takes {kind}s, and the server takes images; python -m export.predict takes all")
+        raise ValueError(
+            f"{args.package} takes {kind}s, and the server takes images; python -m export.predict takes all"
+        )
     check_files(args.package, manifest)
     if args.variant == "int8":
         raise ValueError(

@@ -72,17 +72,17 @@ def length(value: Any) -> bool:
     return type(value) is int and 3 <= value <= 2**20  # a token and the two around it, at the least
 
 
-def share(value: Any) -> bool:
+def _share(value: Any) -> bool:
     """Of a window's tokens that the next one has too."""
     return type(value) is int and 0 <= value < 2**20
 
 
-def count(value: Any) -> bool:
+def _count(value: Any) -> bool:
     """Of what there is one at the least."""
     return type(value) is int and 0 < value < 2**31
 
 
-def threshold(value: Any) -> bool:
+def _threshold(value: Any) -> bool:
     """A number, or None where there is none."""
     return value is None or number(value)
 
@@ -120,7 +120,7 @@ MANIFEST = {
     "exporter": str,
 }
 TOKENS = {"max_length": length, "pair": bool, "names": [_input], "vocabulary": _token, "pad": _token}
-ANSWERS = {"stride": share, "longest_answer": count, "n_best": count, "null_threshold": threshold}
+ANSWERS = {"stride": _share, "longest_answer": _count, "n_best": _count, "null_threshold": _threshold}
 INPUTS = [  # of packages whose input is not an image
     {"kind": re.compile("text"), **TOKENS},
     {"kind": re.compile("question"), **TOKENS, **ANSWERS, "null": _null},

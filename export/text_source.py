@@ -236,7 +236,7 @@ def _told(made: tokens.Tokens, theirs: Any, folder: Path) -> bool:
     parts = [texts, texts[1:] + texts[:1]] if made.pair else [texts]
     limits = {"truncation": True, "max_length": made.length} if made.tokenizer.truncation else {}
     expected = theirs(*parts, verbose=False, **limits)
-    given = list(zip(*parts, strict=True)) if made.pair else texts
+    given: list[Any] = list(zip(*parts, strict=True)) if made.pair else texts
     for text, found, ids in zip(given, made.encodings(given), expected[tokens.IDS], strict=True):
         if found.ids != ids:
             raise ValueError(

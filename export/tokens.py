@@ -127,7 +127,7 @@ class Tokens:
         if isinstance(texts, str):
             raise TypeError("predict takes a list of texts, and this is one str: write [text]")
         for number, text in enumerate(texts, 1):
-            parts = tuple(text) if self.pair and isinstance(text, (tuple, list)) else (text,)
+            parts: tuple[Any, ...] = tuple(text) if self.pair and isinstance(text, (tuple, list)) else (text,)
             if len(parts) != 1 + self.pair or not all(isinstance(part, str) for part in parts):
                 wanted = "a pair of str, (first, second)" if self.pair else "a str"
                 raise TypeError(f"text {number} must be {wanted}, not {str(text)[:80]!r} ({type(text).__name__})")

@@ -88,7 +88,9 @@ def check(source: Source, wanted: Wanted) -> None:
     """Raise ValueError for a variant that there is for images only, before anything is traced."""
     flags = {"int8-static": "--quantize int8-static", "float16": "--half", "preprocess": "--preprocess"}
     if unfit := [name for name in wanted.names if name not in source.variants]:
-        raise ValueError(f"{flags[unfit[0]]} is for images, and {source.path} is of {source.kind}s; they take --quantize int8")
+        raise ValueError(
+            f"{flags[unfit[0]]} is for images, and {source.path} is of {source.kind}s; they take --quantize int8"
+        )
 
 
 def _data(task: str, source: Source, wanted: Wanted) -> "Inputs":
@@ -182,6 +184,8 @@ def compared(float32: Runtime, variant: Runtime, data: "Inputs", task: str) -> d
     Raises:
         ValueError: logits that are not finite.
     """
+    if isinstance(data, list) and isinstance(float32, Answerer) and isinstance(variant, Answerer):
+        return _same_answers(float32, variant, data)
     if data is None or isinstance(data, list):
         return _agreement(float32, variant, data, task)
     size, split = float32.pixels().size[0], data.splits["val"]
@@ -191,13 +195,16 @@ def compared(float32: Runtime, variant: Runtime, data: "Inputs", task: str) -> d
     return {"validation": {"images": len(split), **right, "agreement": _percent(first == second)}}
 
 
+def _same_answers(float32: Answerer, variant: Answerer, questions: "list[Any]") -> dict[str, Any]:
+    said = [[found[0].text for found in each.answer(questions)] for each in (float32, variant)]
+    same = np.array([one == two for one, two in zip(*said, strict=True)])
+    return {"agreement_on_questions": {"questions": len(questions), "top1": _percent(same)}}
+
+
 def _agreement(float32: Runtime, variant: Runtime, items: "list[Text] | None", task: str) -> dict[str, Any]:
-    """On these texts or questions, or on random inputs; of a regression the largest difference over the largest answer,
-    of random windows of questions how often start and end are the same."""
+    """On these texts, or on random inputs; of a regression the largest difference over the largest answer, of random
+    windows of questions how often start and end are the same."""
     taken = float32.input
-    if items is not None and isinstance(float32, Answerer) and isinstance(variant, Answerer):
-        said = [[found[0].text for found in each.answer(items)] for each in (float32, variant)]
-        return {"agreement_on_questions": {"questions": len(items), "top1": _percent(np.equal(*map(np.array, said)))}}
     if items is not None:
         about: dict[str, Any] = {"texts": len(items)}
         name, batches = "texts", [(taken.prepare([item]) for item in items) for _ in range(2)]
