@@ -48,12 +48,14 @@ class Answerer(Runtime):
 
         Raises:
             ValueError: an empty question or context, a question too long for a window, a `top` below 1, a threshold
-                where there always is an answer; logits that are not finite.
+                that is no number, or where there always is an answer; logits that are not finite.
             TypeError: one pair instead of a list, or no pair.
         """
         self._taken().check(questions)
         if top < 1:
             raise ValueError(f"top={top} must be at least 1")
+        if null_threshold is not None and not np.isfinite(null_threshold):
+            raise ValueError(f"null_threshold={null_threshold} must be a number")
         if null_threshold is not None and self.null_threshold is None:
             raise ValueError(
                 f"{self.folder} is of a run whose questions all have an answer, and null_threshold={null_threshold:g} "

@@ -80,7 +80,3 @@ class Questions(Tokens):
     def joined(self, outputs: Sequence[np.ndarray], given: Batch) -> np.ndarray:
         """Start and end logits (n, 2, length); those of padding, which mean nothing, are 0."""
         return np.where(given[MASK][:, None] == 1, np.stack(outputs, 1), np.float32(0))
-
-    def cut(self, questions: Sequence[Text]) -> list[int]:
-        """Which of the questions are not read to their end: none."""
-        return []

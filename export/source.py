@@ -51,9 +51,9 @@ class Source:
             raise ValueError(_unfinished(path))
         about = cv.describe(file)
         if "text" in about.get("info", {}):
-            from export.text_source import described
+            from export.text_source import source_of
 
-            return described(file, about)
+            return source_of(file, about)
         _check_described(file, about)
         return cls(file, about, cv.load(file).float().eval())
 

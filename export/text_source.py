@@ -38,7 +38,7 @@ class ByName(nn.Module):
         return outputs(self.model, given if token_type_ids is None else {**given, tokens.TYPES: token_type_ids})
 
 
-def described(file: Path, about: dict[str, Any]) -> "TextSource":
+def source_of(file: Path, about: dict[str, Any]) -> "TextSource":
     """The source of an adapter file that is of texts, by what it says of itself.
 
     Raises:

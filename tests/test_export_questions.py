@@ -323,6 +323,7 @@ WRONG = {
     "long": (["--question", "who " * 99, "--context", "a"], "question 1 has 99 tokens, which leaves 0 of the 48 of a"),
     "contexts": (["--question", *"abc", "--context", "a", "b"], "3 --question and 2 --context do not fit"),
     "top": ([*ASKED, "--top", "0"], "--top 0 must be at least 1"),
+    "threshold": ([*ASKED, "--null-threshold", "nan"], "null_threshold=nan must be a number"),
     "json": ([*ASKED, "--json", "x.json"], "--json is for the questions of --file, which have ids"),
     "no file": (["--file", "nothing.json"], "there is no file nothing.json"),
     "a table": (["--file", "{pairs.tsv}"], "pairs.tsv is no file in SQuAD's format, which is JSON ("),
