@@ -6,7 +6,8 @@
 The answer is a stretch of the paragraph; in SQuAD v2.0 there may be none. Judged by exact match and F1 as SQuAD's
 official scripts have them; predictions.json is in the form that these scripts read. The protocol is vtab.train's:
 --stage tune keeps some training paragraphs to choose settings by, --null-threshold among them; the default --stage
-final looks at --dev once, after the last epoch. --seeds 3 does it three times over.
+final looks at --dev once, after the last epoch. --seeds 3 does it three times over. python -m export RUN --out DIR
+makes a package of the run, which python -m export.predict DIR --question "…" --context "…" asks.
 """
 
 import sys

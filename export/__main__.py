@@ -65,7 +65,9 @@ def _adding(sources: dict[str, Any], wanted: Wanted) -> Any:
 def _refuse_texts(flag: str, *sources: Any) -> None:
     for source in sources:
         if source.kind != "image":
-            raise ValueError(f"{flag} is for runs on images, and {source.path} is of texts; export it by itself")
+            raise ValueError(
+                f"{flag} is for runs on images, and {source.path} is of {source.kind}s; export it by itself"
+            )
 
 
 def _tell(out: Path, manifest: dict[str, Any]) -> None:

@@ -98,7 +98,7 @@ def torch_calls(source: "Source", batch: int, tokens: int, threads: int, compile
     """PyTorch's own forward pass of the folded model, eager and, where asked for, compiled."""
     import torch
 
-    from export.graph import answer, folded
+    from export.graph import folded, outputs
 
     torch.set_num_threads(threads)
     model, given = folded(source.model), source.example(batch, tokens)
@@ -110,7 +110,7 @@ def torch_calls(source: "Source", batch: int, tokens: int, threads: int, compile
     def call(chosen: Any) -> Call:
         def forward() -> Any:
             with torch.inference_mode():
-                return answer(chosen, given)
+                return outputs(chosen, given)
 
         return forward
 

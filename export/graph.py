@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import torch
 from torch import Tensor, nn
@@ -34,15 +35,18 @@ EXPORTERS = ("dynamo", "legacy")
 UNOPTIMIZED = "dynamo, unoptimized"
 WRONG = 1e-3  # relative error that no rounding makes
 Inputs = Mapping[str, tuple[Tensor, dict[int, Any]]]  # by name: an example, and its free axes, a Dim or a name each
+Outputs = Mapping[str, Mapping[int, str]]  # by name: its free axes
+LOGITS: Outputs = {"logits": {0: "batch"}}
 
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """What to trace with: what the model is given, the opset, and the slots beside, which have defaults."""
+    """What to trace with: what the model is given, the opset, the slots beside, which have defaults, what it gives."""
 
     given: Inputs
     opset: int
     slots: Inputs
+    outputs: Outputs
 
     @property
     def examples(self) -> tuple[Tensor, ...]:
@@ -50,11 +54,13 @@ class Request:
         return tuple(example for example, _ in [*self.given.values(), *self.slots.values()])
 
 
-def answer(model: nn.Module, given: Mapping[str, Tensor]) -> Tensor:
-    """A model's logits: timm's take an image by position, those of transformers their inputs by name, and give more."""
+def outputs(model: nn.Module, given: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+    """A model's logits, of a model for questions those of start and end: timm's take an image by position, those of
+    transformers their inputs by name, and give more."""
     found = model(*given.values()) if "pixel_values" in given else model(**given)
-    logits: Tensor = getattr(found, "logits", found)
-    return logits
+    if isinstance(found, Tensor):
+        return (found,)
+    return tuple(found[name] for name in ("logits", "start_logits", "end_logits") if name in found)
 
 
 def folded(model: nn.Module) -> nn.Module:
@@ -112,8 +118,9 @@ def traced(
     *,
     exporter: str | None = None,
     slots: Inputs | None = None,
+    outputs: Outputs = LOGITS,
 ) -> onnx.ModelProto:
-    """Trace `model` with any inputs; `given` is by position, and all else as `to_onnx` has it.
+    """Trace `model` with any inputs; `given` is by position, `outputs` by name, and all else as `to_onnx` has it.
 
     Raises:
         ValueError: another opset or exporter, or a model that the exporter cannot trace.
@@ -122,7 +129,7 @@ def traced(
     check_choices(opset, exporter)
     if exporter != "legacy":
         import onnxscript  # noqa: F401  # without it dynamo fails, and that is no reason for legacy to take over
-    request = Request(given, opset, slots or {})
+    request = Request(given, opset, slots or {}, outputs)
     only = exporter or ("dynamo" if opset > LEGACY_OPSET else "")
     proto, kind, failures = _first_that_works([name for name in ATTEMPTS if name.startswith(only)], model, request)
     about = {"format_version": "1", "exporter": kind.partition(",")[0], "id2label": json.dumps(labels)}
@@ -204,9 +211,10 @@ def _refuse_wrong(proto: onnx.ModelProto, model: nn.Module, request: Request) ->
         return  # their examples are shapes, whose values may be beyond all rounding; the package compares every task
     session = plain(proto.SerializeToString())
     with torch.no_grad():
-        expected = model(*request.examples).numpy()
-    found = session.run(["logits"], {name: example.numpy() for name, (example, _) in request.given.items()})[0]
-    if not (error := relative_error(found, expected)) <= WRONG:
+        expected = model(*request.examples)
+    found = session.run([*request.outputs], {name: example.numpy() for name, (example, _) in request.given.items()})
+    pairs = zip(found, (expected,) if isinstance(expected, Tensor) else expected, strict=True)
+    if not (error := np.max([relative_error(one, other.numpy()) for one, other in pairs])) <= WRONG:  # or NaN
         raise ValueError(f"ONNX Runtime computes something else, {error:.1e} of the largest logit away")
 
 
@@ -238,7 +246,7 @@ def _dynamo(model: nn.Module, request: Request, optimize: bool = True) -> onnx.M
         opset_version=request.opset,
         verbose=False,
         input_names=[*request.given, *request.slots],
-        output_names=["logits"],
+        output_names=[*request.outputs],
         dynamic_shapes=(*dims, more) if request.slots else dims,
     )
     proto: onnx.ModelProto = program.model_proto
@@ -258,8 +266,8 @@ def _legacy(model: nn.Module, request: Request) -> onnx.ModelProto:
             dynamo=False,
             opset_version=request.opset,
             input_names=[*request.given],
-            output_names=["logits"],
-            dynamic_axes={**axes, "logits": {0: "batch"}},
+            output_names=[*request.outputs],
+            dynamic_axes={**axes, **request.outputs},
         )
         return onnx.load(path)
 

@@ -77,7 +77,7 @@ def main(kind: str, path: str, batch: str, threads: str, tokens: str) -> None:
     else:
         import torch
 
-        from export.graph import answer, folded
+        from export.graph import folded, outputs
         from export.source import Source
 
         torch.set_num_threads(int(threads))
@@ -85,7 +85,7 @@ def main(kind: str, path: str, batch: str, threads: str, tokens: str) -> None:
         model, example = folded(source.model), source.example(int(batch), int(tokens))
         with torch.inference_mode():
             for _ in range(RUNS):
-                answer(model, example)
+                outputs(model, example)
     print(sampler.stop())
 
 

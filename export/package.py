@@ -13,7 +13,7 @@ import capavision as cv
 from capavision.files import new_folder
 from export.graph import exporter_of, fallback_of, folded
 from export.parity import PROBE, measure
-from export.runtime import SCHEMA, TOLERANCE, Classifier, sha256
+from export.runtime import SCHEMA, TOLERANCE, Runtime, sha256
 from export.source import Source, write_json
 from export.store import save
 
@@ -56,7 +56,7 @@ def build(
 
 def write(
     proto: onnx.ModelProto, manifest: dict[str, Any], sources: Mapping[str, Source], work: Path, tolerance: float
-) -> Classifier:
+) -> Runtime:
     """Fill a package's folder, and its manifest with the figures of every task; returns what runs it.
 
     Raises:
@@ -66,8 +66,8 @@ def write(
     save(proto, work / "model.onnx")
     write_json(work / "config.json", _config(first))
     first.write_input(work)
-    write_manifest(work, manifest)  # the classifier wants one, the figures follow
-    runtime = Classifier(work)
+    write_manifest(work, manifest)  # the runtime wants one, the figures follow
+    runtime = Runtime(work)
     measure(manifest["tasks"], {name: source.model for name, source in sources.items()}, runtime, tolerance)
     write_manifest(work, manifest)
     return runtime

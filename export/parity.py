@@ -16,15 +16,15 @@ from torch import nn
 
 import capavision as cv
 from capavision.inject import injections
-from export.graph import answer
-from export.runtime import Classifier, relative_error
+from export.graph import outputs
+from export.runtime import Runtime, relative_error
 
 BATCHES = (1, 2, 3, 5)
 WARN = 1e-5
 PROBE = {"seed": 20240701, "count": 1}
 
 
-def measure(tasks: dict[str, Any], models: Mapping[str, nn.Module], runtime: Classifier, tolerance: float) -> None:
+def measure(tasks: dict[str, Any], models: Mapping[str, nn.Module], runtime: Runtime, tolerance: float) -> None:
     """Compare every task with its own model as trained, and note the figures and a probe in a manifest's `tasks`.
 
     Raises:
@@ -40,7 +40,7 @@ def measure(tasks: dict[str, Any], models: Mapping[str, nn.Module], runtime: Cla
 
 
 def parity(
-    exported: Callable[[Any], np.ndarray], model: nn.Module, runtime: Classifier, tolerance: float
+    exported: Callable[[Any], np.ndarray], model: nn.Module, runtime: Runtime, tolerance: float
 ) -> dict[str, Any]:
     """Relative error by batch size, and how far the adapted logits lie from the base's.
 
@@ -57,7 +57,7 @@ def parity(
                 f"at batch {batch} ONNX Runtime and PyTorch differ by {error:.1e} of the largest logit, above "
                 f"{tolerance:g}; nothing was written"
             )
-        if (found.argmax(1) != expected.argmax(1)).any():
+        if (found.argmax(-1) != expected.argmax(-1)).any():
             raise ValueError(f"at batch {batch} ONNX Runtime and PyTorch disagree on top-1; nothing was written")
         if error > WARN:
             print(f"warning: at batch {batch} the relative error is {error:.1e}", file=sys.stderr)
@@ -65,7 +65,7 @@ def parity(
     return {"relative_error": errors, "tolerance": tolerance, "distance_to_base": distance}
 
 
-def _distance(model: nn.Module, runtime: Classifier, error: float) -> float | None:
+def _distance(model: nn.Module, runtime: Runtime, error: float) -> float | None:
     """How far the deltas move the logits: parity would prove nothing of deltas that do not."""
     if not any(plan.hosts or plan.trained for plan in injections(model)):
         return None
@@ -78,6 +78,8 @@ def _distance(model: nn.Module, runtime: Classifier, error: float) -> float | No
 
 
 @torch.inference_mode()
-def reference(model: nn.Module, runtime: Classifier, sample: Any) -> np.ndarray:
-    """PyTorch's logits for the same images or texts."""
-    return answer(model, {name: torch.from_numpy(x) for name, x in runtime.input.feeds(sample).items()}).numpy()
+def reference(model: nn.Module, runtime: Runtime, sample: Any) -> np.ndarray:
+    """PyTorch's logits for the same images, texts or questions."""
+    given = runtime.input.feeds(sample)
+    found = outputs(model, {name: torch.from_numpy(x) for name, x in given.items()})
+    return runtime.input.joined([each.numpy() for each in found], given)

@@ -49,6 +49,7 @@ class Pixels:
     """
 
     kind, unit = "image", "pixels"
+    outputs = ("logits",)
 
     def __init__(self, folder: Path, manifest: Any) -> None:
         self.preprocessor = read_json(folder / FILE)
@@ -107,6 +108,10 @@ class Pixels:
             ValueError: another dtype, layout or size.
         """
         return {"pixel_values": self.normalize(pixels)}
+
+    def joined(self, outputs: Sequence[np.ndarray], given: dict[str, np.ndarray]) -> np.ndarray:
+        """The logits (n, classes) among what the graph gave."""
+        return outputs[0]
 
     def normalize(self, pixels: np.ndarray) -> np.ndarray:
         """uint8 (n, H, W, 3) as the graph's pixel_values.

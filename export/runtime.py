@@ -2,11 +2,12 @@
 
 model.onnx                     pixel_values float32 (batch, 3, H, W) -> logits float32 (batch, classes)
                                or input_ids, attention_mask and perhaps token_type_ids, int64 (batch, length)
+                               and of questions -> start_logits, end_logits float32 (batch, length)
 model_int8.onnx, …             variants of it, where they were asked for
 adapters/<task>.onnx_adapter   of a split package: what a task puts into the slots of the base graph
 config.json                    architecture, labels of the first task
 preprocessor_config.json       size, mean, std of images
-tokenizer.json                 of texts, in its place
+tokenizer.json                 of texts and questions, in its place
 manifest.json                  checksums, tasks with labels, parity figures and a probe each, versions
 """
 
@@ -14,7 +15,7 @@ import hashlib
 import json
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import onnxruntime
@@ -26,6 +27,7 @@ from export.shape import whole
 if TYPE_CHECKING:
     from export.images import Picture
     from export.pixels import Pixels
+    from export.questions import Questions
     from export.tokens import Text, Tokens
 
 SCHEMA = 2
@@ -115,13 +117,24 @@ def graph_of(folder: Path, manifest: Any, variant: str) -> str:
     return graph
 
 
-def input_of(folder: Path, manifest: Any) -> "Pixels | Tokens":
-    """What a package takes: the one object that knows how an image, or a text, becomes the graph's inputs.
+def kind_of(manifest: Any) -> str:
+    """What a package takes: "image", "text" or "question"."""
+    return str(manifest["input"]["kind"]) if "input" in manifest else "image"
+
+
+def input_of(folder: Path, manifest: Any) -> "Pixels | Tokens | Questions":
+    """What a package takes: the one object that knows how an image, a text or a question becomes the graph's inputs,
+    and what the graph's outputs are.
 
     Raises:
         ValueError: its file, preprocessor_config.json or tokenizer.json, is missing or damaged.
     """
-    if "input" in manifest:
+    kind = kind_of(manifest)
+    if kind == "question":
+        from export.questions import Questions
+
+        return Questions(folder, manifest["input"])
+    if kind == "text":
         from export.tokens import Tokens
 
         return Tokens(folder, manifest["input"])
@@ -130,8 +143,8 @@ def input_of(folder: Path, manifest: Any) -> "Pixels | Tokens":
     return Pixels(folder, manifest)
 
 
-class Classifier:
-    """A package, loaded: images of any kind, or texts, in, labels and probabilities out. Threads may share one.
+class Runtime:
+    """A package of any kind, loaded: what its graph takes in, logits out. Threads may share one.
 
     Args:
         folder: what `python -m export` wrote.
@@ -141,14 +154,11 @@ class Classifier:
         providers: "cuda", "tensorrt", "coreml", "cpu"; None takes the best that there is. `.providers` says what runs.
 
     Raises:
-        ValueError: the folder is no package, or one of another format, or a file of it was changed; an unknown task,
-            variant or provider.
-
-    >>> classifier = Classifier("package", "pets")  # doctest: +SKIP
-    >>> classifier.predict(["cat.jpg"], top=1)  # doctest: +SKIP
-    [[('cat', 0.98)]]
-    >>> classifier.switch("flowers")  # doctest: +SKIP
+        ValueError: the folder is no package, or one of another format or kind, or a file of it was changed; an unknown
+            task, variant or provider.
     """
+
+    kinds: ClassVar[tuple[str, ...]] = ("image", "text", "question")  # of packages that it opens
 
     def __init__(
         self,
@@ -161,6 +171,9 @@ class Classifier:
     ) -> None:
         self.folder, self.variant = Path(folder), variant
         self.manifest = read_manifest(self.folder)
+        if (kind := kind_of(self.manifest)) not in self.kinds:
+            own = "export.answerer.Answerer" if kind == "question" else "export.runtime.Classifier"
+            raise ValueError(f"{folder} takes {kind}s; python -m export.predict and {own} answer them")
         graphs, files = self.manifest["graphs"], self.manifest["files"]
         graph = graph_of(self.folder, self.manifest, variant)
         data = f"{graph}.data"
@@ -198,11 +211,6 @@ class Classifier:
         return self._task
 
     @property
-    def labels(self) -> list[str]:
-        """The current task's classes, in the order of its logits."""
-        return list(self.manifest["tasks"][self._task]["labels"])
-
-    @property
     def providers(self) -> list[str]:
         """ONNX Runtime's names of the execution providers that run, by preference."""
         return list(self.session.get_providers())
@@ -219,10 +227,10 @@ class Classifier:
         """What the package takes, where that is images.
 
         Raises:
-            ValueError: it takes texts.
+            ValueError: it takes something else.
         """
-        if self.input.kind != "image":
-            raise ValueError(f"{self.folder} takes texts, and this is for images; python -m export.predict takes both")
+        if (kind := self.input.kind) != "image":
+            raise ValueError(f"{self.folder} takes {kind}s, and this is for images; python -m export.predict takes all")
         return self.input  # type: ignore[return-value]
 
     @property
@@ -238,21 +246,14 @@ class Classifier:
         """
         return self.pixels().normalize(pixels)
 
-    def preprocess(self, image: "Picture") -> np.ndarray:
-        """One image as uint8 (size, size, 3): upright, RGB, squashed, as in training.
-
-        Raises:
-            ValueError, TypeError: what `export.images.decode` refuses; a package of texts.
-        """
-        return self.pixels().squashed(image)
-
     def logits(self, batch: Any, task: str | None = None) -> np.ndarray:
-        """Logits (n, classes) of uint8 images (n, H, W, 3) or of tokens, for `task` or else the current one.
+        """Logits (n, classes) of uint8 images (n, H, W, 3) or of tokens, for `task` or else the current one; of
+        questions (n, 2, length), start and end.
 
         Of the variant int8 they depend on the rest of the batch too: its scales are of the whole.
 
         Args:
-            batch: as `input.prepare` makes it of images or texts.
+            batch: as `input.prepare` makes it.
             task: its name.
 
         Raises:
@@ -260,12 +261,12 @@ class Classifier:
         """
         given, options = self.input.feeds(batch), self.run_options(task)
         try:
-            logits: np.ndarray = self.session.run(["logits"], given, options)[0]
+            found = self.session.run([*self.input.outputs], given, options)
         except Exception as error:  # onnxruntime raises classes of its own
             raise ValueError(
                 f"{self.folder}: {self.variant} does not run for {task or self._task} ({first_line(error)})"
             ) from error
-        return logits
+        return self.input.joined(found, given)
 
     def run_options(self, task: str | None = None) -> onnxruntime.RunOptions | None:
         """What a run of the session has to be given for `task`, or else the current one: its adapter, if it has one.
@@ -279,6 +280,32 @@ class Classifier:
         options = onnxruntime.RunOptions()
         options.add_active_adapter(adapter)
         return options
+
+
+class Classifier(Runtime):
+    """A package of images or texts: images of any kind, or texts, in, labels and probabilities out. Opened as any
+    `Runtime` is.
+
+    >>> classifier = Classifier("package", "pets")  # doctest: +SKIP
+    >>> classifier.predict(["cat.jpg"], top=1)  # doctest: +SKIP
+    [[('cat', 0.98)]]
+    >>> classifier.switch("flowers")  # doctest: +SKIP
+    """
+
+    kinds = ("image", "text")
+
+    @property
+    def labels(self) -> list[str]:
+        """The current task's classes, in the order of its logits."""
+        return list(self.manifest["tasks"][self._task]["labels"])
+
+    def preprocess(self, image: "Picture") -> np.ndarray:
+        """One image as uint8 (size, size, 3): upright, RGB, squashed, as in training.
+
+        Raises:
+            ValueError, TypeError: what `export.images.decode` refuses; a package of texts.
+        """
+        return self.pixels().squashed(image)
 
     def predict(
         self, items: "Sequence[Picture] | Sequence[Text]", top: int = 5, task: str | None = None

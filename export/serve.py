@@ -28,7 +28,7 @@ from typing import Any
 from export import cli
 from export.cluster import connect
 from export.desk import Desk, Item, RefusedError, Row, read_body
-from export.runtime import check_files, graph_of, read_manifest
+from export.runtime import check_files, graph_of, kind_of, read_manifest
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 NAME = "capavision"
@@ -95,8 +95,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     """The command's flags.
 
     Raises:
-        ValueError: a number below 1; an address that cannot be listened on; no package, or a changed one; dynamic int8,
-            or a variant that there is not.
+        ValueError: a number below 1; an address that cannot be listened on; no package of images, or a changed one;
+            dynamic int8, or a variant that there is not.
     """
     parser = cli.Parser(prog="python -m export.serve", description=__doc__.splitlines()[0])
     parser.add_argument("package", type=Path, metavar="DIR", help="what python -m export wrote")
@@ -113,6 +113,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     cli.at_least(1, args, "port", "replicas", "threads", "batch", "queue")
     args.package, args.threads = args.package.absolute(), args.threads or max(1, (os.cpu_count() or 1) // args.replicas)
     manifest = read_manifest(args.package)
+    if (kind := kind_of(manifest)) != "image":
+        raise ValueError(
+            f"{args.package} takes {kind}s, and the server takes images; python -m export.predict takes all"
+        )
     check_files(args.package, manifest)
     if args.variant == "int8":
         raise ValueError(

@@ -58,6 +58,11 @@ def _table(value: Any) -> bool:
     return fits(value, [[number]]) and len({len(row) for row in value}) <= 1
 
 
+def _logits(value: Any) -> bool:
+    """A row for each item, or of questions a table."""
+    return _table(value) or (fits(value, [_table]) and len({(len(rows), *map(len, rows[:1])) for rows in value}) <= 1)
+
+
 def _token(value: Any) -> bool:
     return type(value) is int and 0 <= value < 2**31
 
@@ -65,6 +70,25 @@ def _token(value: Any) -> bool:
 def length(value: Any) -> bool:
     """Of a text that is cut there, in tokens."""
     return type(value) is int and 3 <= value <= 2**20  # a token and the two around it, at the least
+
+
+def _share(value: Any) -> bool:
+    """Of a window's tokens that the next one has too."""
+    return type(value) is int and 0 <= value < 2**20
+
+
+def _count(value: Any) -> bool:
+    """Of what there is one at the least."""
+    return type(value) is int and 0 < value < 2**31
+
+
+def _threshold(value: Any) -> bool:
+    """A number, or None where there is none."""
+    return value is None or number(value)
+
+
+def _null(value: Any) -> bool:
+    return value is None or _token(value)
 
 
 def _input(value: Any) -> bool:
@@ -89,23 +113,18 @@ MANIFEST = {
             "adapter": _adapter,
             "source_sha256": SHA256,
             "parity": {"tolerance": number},
-            "probe": {"seed": _seed, "count": _few, "logits": _table},
+            "probe": {"seed": _seed, "count": _few, "logits": _logits},
         }
     },
     "opset": int,
     "exporter": str,
 }
-TEXT = {  # of a package whose input is not an image
-    "input": {
-        "kind": re.compile("text"),
-        "max_length": length,
-        "pair": bool,
-        "names": [_input],
-        "vocabulary": _token,
-        "pad": _token,
-    },
-    "files": {"tokenizer.json": dict},
-}
+TOKENS = {"max_length": length, "pair": bool, "names": [_input], "vocabulary": _token, "pad": _token}
+ANSWERS = {"stride": _share, "longest_answer": _count, "n_best": _count, "null_threshold": _threshold}
+INPUTS = [  # of packages whose input is not an image
+    {"kind": re.compile("text"), **TOKENS},
+    {"kind": re.compile("question"), **TOKENS, **ANSWERS, "null": _null},
+]
 SPLIT = {"base_sha256": SHA256, "slots": [str], "tasks": {str: {"adapter": FILE}}}
 
 
@@ -113,7 +132,9 @@ def whole(manifest: Any) -> bool:
     """Whether a manifest has all that a runtime reads, and names no file that it does not list."""
     if not fits(manifest, MANIFEST) or (manifest["form"] == "split" and not fits(manifest, SPLIT)):
         return False
-    if "input" in manifest and not fits(manifest, TEXT):
+    if "input" in manifest and not any(fits(manifest["input"], each) for each in INPUTS):
+        return False
+    if "input" in manifest and "tokenizer.json" not in manifest["files"]:
         return False
     files, graphs, tasks = (manifest[key] for key in ("files", "graphs", "tasks"))
     named = {*graphs.values(), *(task["adapter"] for task in tasks.values())} - {None}

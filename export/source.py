@@ -15,7 +15,7 @@ from capavision.targets import near
 from export import sizes
 from export.graph import to_onnx
 from export.pixels import FILE, colors, side
-from export.runtime import Classifier
+from export.runtime import Classifier, Runtime
 from export.shape import fits
 
 ADAPTER = "adapter.safetensors"  # in a run folder
@@ -26,10 +26,12 @@ SQUASH = "squash, bicubic"  # the one way in which a package resizes
 class Source:
     """An adapter file as the exporter sees it: its path, what it says of itself, and its model.
 
-    This one takes images; `export.text_source.TextSource`, which overrides what differs, takes texts.
+    This one takes images; `export.text_source.TextSource` and `export.question_source.QuestionSource`, which override
+    what differs, take texts and questions.
     """
 
     kind: ClassVar[str] = "image"
+    opens: ClassVar[type[Runtime]] = Classifier  # the package
     variants: ClassVar[tuple[str, ...]] = ("int8", "int8-static", "float16", "preprocess")
     path: Path
     about: dict[str, Any]
@@ -49,9 +51,9 @@ class Source:
             raise ValueError(_unfinished(path))
         about = cv.describe(file)
         if "text" in about.get("info", {}):
-            from export.text_source import TextSource
+            from export.text_source import source_of
 
-            return TextSource.described(file, about)
+            return source_of(file, about)
         _check_described(file, about)
         return cls(file, about, cv.load(file).float().eval())
 
@@ -119,7 +121,7 @@ class Source:
             sizes.refuse_fixed(self.model, size)
         return to_onnx(model, size, self.labels, opset, exporter=exporter, dynamic_size=dynamic_size)
 
-    def compared(self, runtime: Classifier, tolerance: float, dynamic_size: bool) -> dict[str, Any]:
+    def compared(self, runtime: Runtime, tolerance: float, dynamic_size: bool) -> dict[str, Any]:
         """What is to be compared besides parity, for the manifest.
 
         Raises:

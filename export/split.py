@@ -30,7 +30,7 @@ from export.graph import folded, to_onnx
 from export.names import rename
 from export.package import Then, adapter_of, head_of, write, write_manifest
 from export.parity import parity
-from export.runtime import TOLERANCE, Classifier
+from export.runtime import TOLERANCE, Runtime
 from export.session import model_version
 from export.shape import apart
 from export.slots import EXAMPLE, Slot, free_axes, opened
@@ -285,6 +285,6 @@ def write_adapter(path: Path, values: dict[str, np.ndarray], base_sha256: str) -
     file.export_adapter(str(path))
 
 
-def _unadapted(runtime: Classifier, pixels: np.ndarray) -> np.ndarray:
+def _unadapted(runtime: Runtime, pixels: np.ndarray) -> np.ndarray:
     logits: np.ndarray = runtime.session.run(["logits"], {"pixel_values": runtime.normalize(pixels)})[0]
     return logits

@@ -81,6 +81,14 @@ def read(path: Path, pair: bool) -> list[Text]:
     return [(row[0], row[1]) if pair else row[0] for row in rows]
 
 
+def check_words(text: str, name: str, where: str = "") -> None:
+    """Raise ValueError for a text without a word, or with what is no character."""
+    if not text.strip():
+        raise ValueError(f"{name} is empty{where}")
+    if re.search("[\ud800-\udfff]", text):
+        raise ValueError(f"{name} is no Unicode: {text[:80]!r}; decode it with its own encoding")
+
+
 class Tokens:
     """Texts, or pairs of texts, to the graph's inputs.
 
@@ -93,6 +101,7 @@ class Tokens:
     """
 
     kind, unit = "text", "tokens"
+    outputs: tuple[str, ...] = ("logits",)
 
     def __init__(self, folder: Path, about: Mapping[str, Any]) -> None:
         self.about, self.length, self.pair = about, int(about["max_length"]), bool(about["pair"])
@@ -118,15 +127,12 @@ class Tokens:
         if isinstance(texts, str):
             raise TypeError("predict takes a list of texts, and this is one str: write [text]")
         for number, text in enumerate(texts, 1):
-            parts = tuple(text) if self.pair and isinstance(text, (tuple, list)) else (text,)
+            parts: tuple[Any, ...] = tuple(text) if self.pair and isinstance(text, (tuple, list)) else (text,)
             if len(parts) != 1 + self.pair or not all(isinstance(part, str) for part in parts):
                 wanted = "a pair of str, (first, second)" if self.pair else "a str"
                 raise TypeError(f"text {number} must be {wanted}, not {str(text)[:80]!r} ({type(text).__name__})")
             for part in parts:
-                if not part.strip():
-                    raise ValueError(f"text {number} is empty{' in one of its parts' if self.pair else ''}")
-                if re.search("[\ud800-\udfff]", part):
-                    raise ValueError(f"text {number} is no Unicode: {part[:80]!r}; decode it with its own encoding")
+                check_words(part, f"text {number}", " in one of its parts" if self.pair else "")
 
     def prepare(self, texts: Sequence[Text]) -> Batch:
         """Texts that `check` lets pass, as tokens: cut at max_length and padded to the longest.
@@ -134,7 +140,7 @@ class Tokens:
         Raises:
             ValueError: a text of which no token is left.
         """
-        rows = self._encoded(texts)
+        rows = self._rows(texts)
         for text, (ids, _) in zip(texts, rows, strict=True):
             if not ids:
                 raise ValueError(f"the tokenizer finds no token in {str(text)[:80]!r}; leave it out")
@@ -142,7 +148,7 @@ class Tokens:
 
     def cut(self, texts: Sequence[Text]) -> list[int]:
         """Which of the texts are longer than max_length tokens, so that their end is not read."""
-        return [i for i, found in enumerate(self._made(texts)) if found.overflowing]
+        return [i for i, found in enumerate(self.encodings(texts)) if found.overflowing]
 
     def shown(self, text: Text) -> str:
         """A text, or both of a pair, on one line that is not too long."""
@@ -160,10 +166,16 @@ class Tokens:
             raise ValueError(f"tokens must be a dict of {', '.join(names)}, as Classifier.input.prepare makes")
         return batch
 
-    def _encoded(self, texts: Sequence[Text]) -> list[Row]:
-        return [(found.ids, found.type_ids) for found in self._made(texts)]
+    def joined(self, outputs: Sequence[np.ndarray], given: Batch) -> np.ndarray:
+        """The logits (n, classes) among what the graph gave."""
+        return outputs[0]
 
-    def _made(self, texts: Sequence[Text]) -> "list[Encoding]":
+    def encodings(self, texts: Sequence[Text]) -> "list[Encoding]":
+        """What the tokenizer makes of texts, in its own words.
+
+        Raises:
+            ValueError: it fails at them.
+        """
         try:
             return self.tokenizer.encode_batch(list(texts))
         except (KeyboardInterrupt, SystemExit):
@@ -173,9 +185,12 @@ class Tokens:
                 f"{self.file} fails at these texts ({first_line(error)}); put the run's own there"
             ) from error
 
+    def _rows(self, texts: Sequence[Text]) -> list[Row]:
+        return [(found.ids[: self.length], found.type_ids[: self.length]) for found in self.encodings(texts)]
+
     def _drawn(self, seed: int, count: int) -> list[Row]:
         pairs = list(zip(SENTENCES, SENTENCES[1:] + SENTENCES[:1], strict=True))
-        sentences = self._encoded(pairs if self.pair else SENTENCES)
+        sentences = self._rows(pairs if self.pair else SENTENCES)
         return [self._random(seed, i) if i % 2 else sentences[(seed + i // 2) % len(sentences)] for i in range(count)]
 
     def _random(self, seed: int, number: int) -> Row:

@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnx
 
-from export import splits, tokens
+from export import splits
+from export.answerer import Answerer
 from export.half import Watch, half
 from export.package import write_manifest
 from export.preprocess import with_preprocessing
 from export.quantize import dynamic, static
-from export.runtime import Classifier, random_pixels, read_json, relative_error
+from export.runtime import Classifier, Runtime, random_pixels, read_json, relative_error
 from export.source import Source
 from export.store import load, save
 from export.text_source import TextSource
@@ -45,7 +46,9 @@ SEED, SAMPLES = 20240702, 64  # of random inputs to compare on where there are n
 COMPARED = {
     "agreement_on_random_pixels": "images of random pixels",
     "agreement_on_random_tokens": "texts, every second one of random tokens (--data-root FILE: of yours)",
+    "agreement_on_random_windows": "windows, every second one of random tokens (--data-root FILE: on your questions)",
     "agreement_on_texts": "texts",
+    "agreement_on_questions": "questions",
 }
 
 
@@ -85,16 +88,18 @@ def check(source: Source, wanted: Wanted) -> None:
     """Raise ValueError for a variant that there is for images only, before anything is traced."""
     flags = {"int8-static": "--quantize int8-static", "float16": "--half", "preprocess": "--preprocess"}
     if unfit := [name for name in wanted.names if name not in source.variants]:
-        raise ValueError(f"{flags[unfit[0]]} is for images, and {source.path} is of texts; they take --quantize int8")
+        raise ValueError(
+            f"{flags[unfit[0]]} is for images, and {source.path} is of {source.kind}s; they take --quantize int8"
+        )
 
 
 def _data(task: str, source: Source, wanted: Wanted) -> "Inputs":
     """The run's images; None, with the reason on stderr, where they do not open and nothing depends on them.
 
-    Of a run on texts those in the file that --data-root names.
+    Of a run on texts or questions those in the file that --data-root names.
     """
     if isinstance(source, TextSource):
-        return tokens.read(wanted.data_root, source.inputs["pair"]) if wanted.data_root else None
+        return source.read(wanted.data_root) if wanted.data_root else None
     run, given = splits.settings(source.path), wanted.data_root is not None
     needed = given or "int8-static" in wanted.names
     if not set(wanted.names) & KINDS.keys() or not (run or needed):
@@ -161,7 +166,8 @@ def _measured(
         images = min(wanted.calibration_images, len(split))
         about["calibration"] = {"split": "train", "images": images, "seed": wanted.calibration_seed}
         scales = f"; scales from {images} training images"
-    float32, variant = Classifier(folder), Classifier(folder, variant=name)
+    opens = next(iter(sources.values())).opens
+    float32, variant = opens(folder), opens(folder, variant=name)
     found = {task: compared(float32, variant, images, task) for task, images in data.items()}
     for task, figures in found.items():
         if "validation" in figures:  # a final run trains on these images too
@@ -171,54 +177,64 @@ def _measured(
     return about | (next(iter(found.values())) if len(found) == 1 else {"tasks": found})
 
 
-def compared(float32: Classifier, variant: Classifier, data: "Inputs", task: str) -> dict[str, Any]:
-    """Top-1 of both on the validation images; without labels, how often both agree: on texts, or on random inputs.
+def compared(float32: Runtime, variant: Runtime, data: "Inputs", task: str) -> dict[str, Any]:
+    """Top-1 of both on the validation images; without labels, how often both agree: on texts or questions, or on random
+    inputs.
 
     Raises:
         ValueError: logits that are not finite.
     """
+    if isinstance(data, list) and isinstance(float32, Answerer) and isinstance(variant, Answerer):
+        return _same_answers(float32, variant, data)
     if data is None or isinstance(data, list):
         return _agreement(float32, variant, data, task)
     size, split = float32.pixels().size[0], data.splits["val"]
     batches = [(pixels for pixels, _ in split.batches(size, splits.BATCH)) for _ in range(2)]
-    first, second = (logits(*each, task).argmax(1) for each in zip((float32, variant), batches, strict=True))
+    first, second = (np.stack(logits(*each, task)).argmax(1) for each in zip((float32, variant), batches, strict=True))
     right = {"float32": _percent(first == split.labels), "quantized": _percent(second == split.labels)}
     return {"validation": {"images": len(split), **right, "agreement": _percent(first == second)}}
 
 
-def _agreement(float32: Classifier, variant: Classifier, texts: "list[Text] | None", task: str) -> dict[str, Any]:
-    """On these texts, or on random inputs; of a regression the largest difference over the largest answer."""
+def _same_answers(float32: Answerer, variant: Answerer, questions: "list[Any]") -> dict[str, Any]:
+    said = [[found[0].text for found in each.answer(questions)] for each in (float32, variant)]
+    same = np.array([one == two for one, two in zip(*said, strict=True)])
+    return {"agreement_on_questions": {"questions": len(questions), "top1": _percent(same)}}
+
+
+def _agreement(float32: Runtime, variant: Runtime, items: "list[Text] | None", task: str) -> dict[str, Any]:
+    """On these texts, or on random inputs; of a regression the largest difference over the largest answer, of random
+    windows of questions how often start and end are the same."""
     taken = float32.input
-    if texts is not None:
-        about: dict[str, Any] = {"texts": len(texts)}
-        name, batches = "texts", [(taken.prepare([text]) for text in texts) for _ in range(2)]
+    if items is not None:
+        about: dict[str, Any] = {"texts": len(items)}
+        name, batches = "texts", [(taken.prepare([item]) for item in items) for _ in range(2)]
     else:
         about = {"seed": SEED, f"{taken.kind}s": SAMPLES}
         name, batches = f"random_{taken.unit}", [taken.each(SEED, SAMPLES) for _ in range(2)]
     first, second = (logits(*each, task) for each in zip((float32, variant), batches, strict=True))
-    same = {"top1": _percent(first.argmax(1) == second.argmax(1))}
-    if first.shape[1] == 1:
-        same = {"relative_error": relative_error(second, first)}
-    return {f"agreement_on_{name}": about | same}
+    if first[0].shape == (1,):
+        return {f"agreement_on_{name}": about | {"relative_error": relative_error(np.stack(second), np.stack(first))}}
+    same = [np.array_equal(one.argmax(-1), two.argmax(-1)) for one, two in zip(first, second, strict=True)]
+    return {f"agreement_on_{name}": about | {"top1": _percent(np.array(same))}}
 
 
 def _percent(hits: np.ndarray) -> float:
     return 100 * float(hits.mean())
 
 
-def logits(runtime: Classifier, batches: Iterable[Any], task: str) -> np.ndarray:
-    """Of every image or text.
+def logits(runtime: Runtime, batches: Iterable[Any], task: str) -> list[np.ndarray]:
+    """Of every image, text or window.
 
     Raises:
         ValueError: logits that are not finite.
     """
-    found = []
+    found: list[np.ndarray] = []
     for batch in batches:
         answer = runtime.logits(batch, task)
         if not np.isfinite(answer).all():
             raise ValueError(f"the {runtime.variant} graph gives logits that are not finite; leave that variant out")
-        found.append(answer)
-    return np.concatenate(found)
+        found += list(answer)
+    return found
 
 
 def said(name: str, share: float, size: int, task: str, figures: dict[str, Any]) -> str:
@@ -233,7 +249,8 @@ def said(name: str, share: float, size: int, task: str, figures: dict[str, Any])
         cost += " (the run trained on them)" if found.get("seen_in_training") else ""
     else:
         ((key, found),) = figures.items()
-        of = f"{found.get('images') or found['texts']} {COMPARED[key]}"
+        count = next(found[kind] for kind in ("images", "texts", "questions") if kind in found)
+        of = f"{count} {COMPARED[key]}"
         if "top1" in found:
             cost = f"float32's top-1 on {found['top1']:.1f} % of {of}"
         else:

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from export import cli
-from export.runtime import Classifier, check_files, read_manifest, relative_error
+from export.runtime import Runtime, check_files, read_manifest, relative_error
 
 RUN = {".onnx", ".data", ".onnx_adapter"}  # what a runtime may load
 
@@ -24,9 +24,9 @@ def main(argv: list[str] | None = None) -> float:
     manifest = read_manifest(folder)
     check_files(folder, manifest)
     _check_owners(folder, manifest)
-    classifier = Classifier(folder)
-    worst = max(_probe(classifier, name) for name in classifier.tasks)
-    tasks = f"the probes of {len(classifier.tasks)} tasks" if len(classifier.tasks) > 1 else "probe"
+    runtime = Runtime(folder)
+    worst = max(_probe(runtime, name) for name in runtime.tasks)
+    tasks = f"the probes of {len(runtime.tasks)} tasks" if len(runtime.tasks) > 1 else "probe"
     told = {name: _state(folder, name) for name in manifest["graphs"] if name != "float32"}
     others = "".join(f"; {name}: {state}" for name, state in told.items())
     where = " in float32" if others else ""
@@ -45,34 +45,34 @@ def _check_owners(folder: Path, manifest: Any) -> None:
             raise ValueError(f"{folder}: the tasks {other} and {name} share {task['adapter']}; export again")
 
 
-def _logits(classifier: Classifier, name: str) -> np.ndarray:
+def _logits(runtime: Runtime, name: str) -> np.ndarray:
     """Of a task's probe."""
-    probe = classifier.manifest["tasks"][name]["probe"]
-    return classifier.logits(classifier.input.sample(probe["seed"], probe["count"]), name)
+    probe = runtime.manifest["tasks"][name]["probe"]
+    return runtime.logits(runtime.input.sample(probe["seed"], probe["count"]), name)
 
 
 def _state(folder: Path, variant: str) -> str:
     """What is known of a variant, of whose logits no probe tells; ValueError unless it gives numbers for every task."""
     if variant == "preprocess":
         return "checksum only"
-    classifier = Classifier(folder, variant=variant)
-    for name in classifier.tasks:
-        if not np.isfinite(_logits(classifier, name)).all():
+    runtime = Runtime(folder, variant=variant)
+    for name in runtime.tasks:
+        if not np.isfinite(_logits(runtime, name)).all():
             raise ValueError(f"{folder}: {variant} gives logits of {name} that are not finite; export again")
     return "logits finite"
 
 
-def _probe(classifier: Classifier, name: str) -> float:
-    task = classifier.manifest["tasks"][name]
+def _probe(runtime: Runtime, name: str) -> float:
+    task = runtime.manifest["tasks"][name]
     probe, tolerance = task["probe"], task["parity"]["tolerance"]
-    found, expected = _logits(classifier, name), np.array(probe["logits"], np.float64)
-    if found.shape != expected.shape or found.shape[1:] != (len(task["labels"]),):
+    found, expected = _logits(runtime, name), np.array(probe["logits"], np.float64)
+    if found.shape != expected.shape or found.shape[1:2] != (len(task["labels"]),):
         shapes = f"logits of {found.shape}, its probe {expected.shape}, and it has {len(task['labels'])} labels"
-        raise ValueError(f"{classifier.folder}: {name} has {shapes}; export again")
+        raise ValueError(f"{runtime.folder}: {name} has {shapes}; export again")
     error = relative_error(found, expected)
     if not error <= tolerance:
         raise ValueError(
-            f"{classifier.folder}: the probe of {name} is off by {error:.1e} of its largest logit, above {tolerance:g}"
+            f"{runtime.folder}: the probe of {name} is off by {error:.1e} of its largest logit, above {tolerance:g}"
         )
     return error
 

@@ -19,7 +19,7 @@ class Wanted:
     names: of int8, int8-static, float16, preprocess
     calibration_images: training images that int8-static measures its scales on
     calibration_seed: which ones
-    data_root: the task's images, where they are no longer where the run had them; of a task on texts a file of them
+    data_root: the task's images, where they are no longer where the run had them; of texts or questions a file
     """
 
     names: tuple[str, ...] = ()
@@ -69,5 +69,6 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         "--data-root",
         type=Path,
         metavar="PATH",
-        help="the task's images, if no longer where the run had them; of texts a file with one a line",
+        help="the task's images, if no longer where the run had them; of texts a file with one a line, of questions "
+        "one in SQuAD's format",
     )

@@ -485,7 +485,7 @@ SPOILT = {
     "no length": (lambda run: change(run, max_length=None), "a text run says {'model': 'demo'"),
     "short": (lambda run: change(run, max_length=2), "a text run says {'model': 'demo'"),
     "labels": (lambda run: change(run, labels=["a", "b"]), "(2,"),
-    "task": (lambda run: change(run, architecture="BertForQuestionAnswering"), "a package answers with labels"),
+    "task": (lambda run: change(run, architecture="BertForTokenClassification"), "a package answers with labels"),
     "no class": (lambda run: change(run, architecture="NoForSequenceClassification"), "has no model 'NoForSequence"),
     "another": (lambda run: change(run, architecture="RobertaForSequenceClassification"), "is a bert, and no Roberta"),
     "moved": (lambda run: shutil.rmtree(run / "encoder"), "encoder, and no such model came from the hub"),

@@ -25,9 +25,10 @@ from vtab.rows import arrange
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
 from examples import question_answering  # noqa: E402
-from examples.text import answers, qa_loop, qa_recipes, spans, squad, windows  # noqa: E402
+from examples.text import answers, qa_loop, qa_recipes, squad, windows  # noqa: E402
 from examples.text.qa_settings import QuestionAnswering  # noqa: E402
 from examples.text.questions import Answer, Question, Squad  # noqa: E402
+from export import spans  # noqa: E402
 from export.text import build  # noqa: E402
 from tests import questions  # noqa: E402
 from tests.conftest import seeded  # noqa: E402
@@ -295,8 +296,31 @@ def test_windows_hold_the_question_and_share_the_stride(mini, tokenizer):
             rebuilt += part[10:] if rebuilt else part
         assert rebuilt == context
         assert (len(own) > 1) == (before + len(context) + 1 > 48)
-        kinds = {None} if "token_type_ids" not in tokenizer.model_input_names else {0, 1}
-        assert all(set([None] if window.types is None else window.types.tolist()) == kinds for window in own)
+        typed = "token_type_ids" in tokenizer.model_input_names
+        assert all(set(window.types.tolist()) == ({0, 1} if typed else {0}) for window in own)
+        encoded, _ = qa_loop.encode(own, tokenizer, torch.device("cpu"))
+        assert (encoded.types is not None) == typed
+
+
+@pytest.mark.parametrize("sizes", [(48, 16), (40, 0), (400, 128)])
+def test_windows_are_those_that_transformers_cuts(mini, tokenizer, sizes):
+    """Its own cutting, in Rust, knows nothing of ours."""
+    found = windows.cut(mini, tokenizer, *sizes)
+    asked, contexts = [question.text.strip() for question in mini.questions], contexts_of(mini)
+    theirs = tokenizer(
+        asked, contexts, truncation="only_second", max_length=sizes[0], stride=sizes[1],
+        return_overflowing_tokens=True, return_offsets_mapping=True,
+    )  # fmt: skip
+    assert len(found) == len(theirs["input_ids"])
+    for row, window in enumerate(found):
+        assert window.question == theirs["overflow_to_sample_mapping"][row]
+        assert window.ids.tolist() == theirs["input_ids"][row]
+        assert window.types.tolist() == theirs.get("token_type_ids", [[0] * len(window.ids)] * len(found))[row]
+        inside = [part == 1 for part in theirs.sequence_ids(row)]
+        told = [tuple(o) for o, kept in zip(theirs["offset_mapping"][row], inside, strict=True) if kept]
+        ours = [tuple(o) for o, kept in zip(window.offsets.tolist(), inside, strict=True) if kept]
+        context = contexts[window.question]
+        assert ours == [o if context[slice(*o)].strip() else (-1, -1) for o in told]
 
 
 def test_labels_read_back_as_the_answer_and_answers_cut_off_as_null(mini, tokenizer):
@@ -414,6 +438,10 @@ def test_the_best_spans_are_those_of_brute_force(ties):
         assert spans.best(*masked, longest, count) == every_span(starts, ends, allowed, longest)[:count]
 
 
+def contexts_of(found):
+    return [question.context for question in found.questions]
+
+
 def random_logits(found, seed=0, padding=5):
     rng = np.random.default_rng(seed)
     return [tuple(10 * rng.normal(size=(2, len(window.offsets) + padding)).astype(np.float32)) for window in found]
@@ -423,7 +451,7 @@ def random_logits(found, seed=0, padding=5):
 def test_a_questions_answers_are_the_best_over_its_windows(mini, tokenizer, longest):
     found = windows.cut(mini, tokenizer, 48, 16)
     logits = random_logits(found)
-    decoded = spans.decode(mini, found, logits, longest, 7)
+    decoded = spans.decode(contexts_of(mini), found, logits, longest, 7)
     for number, (question, told) in enumerate(zip(mini.questions, decoded, strict=True)):
         best, nulls = {}, []
         for window, (starts, ends) in zip(found, logits, strict=True):
@@ -459,7 +487,7 @@ def test_logits_of_the_labels_decode_to_full_marks(mini, tokenizer):
         starts, ends = (np.float32(0.01) * values for values in noise)
         starts[window.label[0]], ends[window.label[1]] = 5.0, 5.0
         logits.append((starts, ends))
-    decoded = spans.decode(mini, found, logits)
+    decoded = spans.decode(contexts_of(mini), found, logits)
     said = {question.id: told.answer(0.0) for question, told in zip(mini.questions, decoded, strict=True)}
     assert answers.score(mini, said).record("2.0")["exact"] == 100
     assert said["t3"] == "Marie Cande\u0301"
@@ -531,7 +559,7 @@ def test_the_official_form_scores_as_the_record_says(finished, mini):
     assert result["selection"]["looks_at_test"] == 1
     assert result["text"] == {
         "model": result["config"]["model"], "architecture": "BertForQuestionAnswering", "task": "2.0",
-        "max_length": 48, "stride": 16, "pair": True,
+        "max_length": 48, "pair": True, "stride": 16, "longest_answer": 30, "n_best": 20, "null_threshold": 0.0,
     }  # fmt: skip
 
 
@@ -590,9 +618,9 @@ def test_the_adapter_file_gives_back_the_model_that_answered(finished, mini):
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     cut = windows.cut(mini, tokenizer, text["max_length"], text["stride"])
     encoded, _ = qa_loop.encode(cut, tokenizer, torch.device("cpu"))
-    before = spans.decode(mini, cut, qa_loop.predict(plain, encoded))
+    before = spans.decode(contexts_of(mini), cut, qa_loop.predict(plain, encoded))
     model = cv.load(folder / "adapter.safetensors", plain)
-    after = spans.decode(mini, cut, qa_loop.predict(model, encoded))
+    after = spans.decode(contexts_of(mini), cut, qa_loop.predict(model, encoded))
     answered = {q.id: told.answer(0.0) for q, told in zip(mini.questions, after, strict=True)}
     assert answered == told(folder / "predictions.json")
     moved = [abs(one.null - two.null) for one, two in zip(before, after, strict=True)]

@@ -16,7 +16,7 @@ import numpy as np
 from examples.text import tables
 from examples.text.answers import Scores, golds
 from examples.text.questions import Squad
-from examples.text.spans import Decoded
+from export.spans import Decoded
 from vtab.textfile import write
 
 
@@ -55,15 +55,11 @@ def write_wrong(folder: Path, questions: Squad, said: Mapping[str, str], scores:
 
 def nbest(questions: Squad, decoded: Sequence[Decoded]) -> dict[str, list[dict[str, Any]]]:
     """The answers that were kept of each question, "" among them for v2.0, with their shares of a softmax."""
-    found = {}
-    for question, told in zip(questions.questions, decoded, strict=True):
-        entries = [(span.score, span.text, span.start) for span in told.spans]
-        if questions.version == "2.0":
-            entries = sorted([*entries, (told.null, "", -1)], key=lambda entry: -entry[0])
-        scores = np.array([score for score, *_ in entries])
-        shares = np.exp(scores - scores.max())
-        found[question.id] = [
-            {"text": text, "start": start, "score": score, "probability": float(share)}
-            for (score, text, start), share in zip(entries, shares / shares.sum(), strict=True)
+    threshold = 0.0 if questions.version == "2.0" else None  # "" stands where its score puts it, as in BERT's own files
+    return {
+        question.id: [
+            {"text": a.text, "start": a.start, "score": a.score, "probability": a.probability}
+            for a in told.ranked(threshold)
         ]
-    return found
+        for question, told in zip(questions.questions, decoded, strict=True)
+    }

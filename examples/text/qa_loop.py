@@ -23,7 +23,7 @@ def encode(windows: Sequence[Window], tokenizer: Any, device: torch.device) -> t
     """The windows on `device`, and the places of their answers, int64 (n, 2); of no answer the null position."""
     sizes = torch.tensor([len(window.ids) for window in windows])
     ids = padded([window.ids for window in windows], tokenizer.pad_token_id, device)
-    typed = windows[0].types is not None
+    typed = "token_type_ids" in tokenizer.model_input_names
     types = padded([window.types for window in windows], tokenizer.pad_token_type_id, device) if typed else None
     labels = torch.tensor([window.label or (window.null,) * 2 for window in windows], device=device)
     return Encoded(ids, types, sizes.to(device), sizes), labels

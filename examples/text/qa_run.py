@@ -16,14 +16,15 @@ import numpy as np
 import torch
 
 import capavision as cv
-from examples.text import answers, qa_files, qa_loop, spans, squad, windows
+from examples.text import answers, qa_files, qa_loop, squad, windows
 from examples.text.adapted import Adapted, adapt
 from examples.text.encode import Encoded
 from examples.text.model import architecture, load_tokenizer
 from examples.text.qa_settings import QuestionAnswering
 from examples.text.questions import Squad
-from examples.text.spans import Decoded
 from examples.text.windows import Window
+from export import spans
+from export.spans import Decoded
 from vtab import record
 
 TRIED = 64  # windows that tokenizer and model are tried with
@@ -52,7 +53,8 @@ class QuestionSetup:
         """The best answers to the judging questions."""
         questions, rows = self.judged
         logits = qa_loop.predict(self.adapted.model, self.asked, self.config.precision)
-        return spans.decode(questions, rows, logits, self.config.longest_answer, self.config.n_best)
+        contexts = [question.context for question in questions.questions]
+        return spans.decode(contexts, rows, logits, self.config.longest_answer, self.config.n_best)
 
     def answers(self, decoded: Sequence[Decoded], *, always: bool = False) -> dict[str, str]:
         """One answer to each question by its id; "" where none scores better by the threshold, unless `always`."""
@@ -95,8 +97,11 @@ def prepare(config: QuestionAnswering, folder: Path) -> QuestionSetup:
         "architecture": architecture(config.model, "QUESTION_ANSWERING"),
         "task": config.task,
         "max_length": config.max_length,
-        "stride": config.stride,
         "pair": True,
+        "stride": config.stride,
+        "longest_answer": config.longest_answer,
+        "n_best": config.n_best,
+        "null_threshold": config.null_threshold if judging.version == "2.0" else None,
     }
     tokenizer, judged = load_tokenizer(config.model), judging.head(config.test_limit)
     cut = [windows.cut(part, tokenizer, config.max_length, config.stride) for part in (training, judged)]

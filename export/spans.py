@@ -1,18 +1,17 @@
-"""Windows' logits as answers.
+"""Windows' logits as answers, in training and of a package alike; numpy alone.
 
 A span's score is start logit + end logit, its best over the windows; the null score is that of the null position, its
 least over the windows. In v2.0 the answer is "" where null score - best score > threshold.
 """
 
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from examples.text.questions import Squad
-from examples.text.windows import Window
+from export.windows import Window
 
 
 @dataclass(frozen=True)
@@ -23,6 +22,21 @@ class Span:
     start: int
     end: int
     text: str
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One of a question's answers: context[start:end], or "" at -1 where there is none.
+
+    score: start logit + end logit
+    probability: its share of a softmax over the scores of all that were kept
+    """
+
+    text: str
+    start: int
+    end: int
+    score: float
+    probability: float
 
 
 @dataclass(frozen=True)
@@ -40,6 +54,20 @@ class Decoded:
     def answer(self, threshold: float | None) -> str:
         """The best span, or "" where the odds are above the threshold; None always answers."""
         return "" if threshold is not None and self.odds > threshold else self.spans[0].text
+
+    def ranked(self, threshold: float | None) -> list[Answer]:
+        """All answers, the one that is given first: by score, and that there is none before the first span that it
+        beats by more than the threshold; None leaves it out."""
+        kept = list(self.spans)
+        if threshold is not None:
+            beaten = [self.null - span.score > threshold for span in kept]
+            kept.insert(beaten.index(True) if any(beaten) else len(kept), Span(self.null, -1, -1, ""))
+        scores = np.array([span.score for span in kept])
+        shares = np.exp(scores - scores.max())
+        return [
+            Answer(span.text, span.start, span.end, span.score, float(share))
+            for span, share in zip(kept, shares / shares.sum(), strict=True)
+        ]
 
 
 def best(
@@ -61,7 +89,7 @@ def best(
 
 
 def decode(
-    squad: Squad,
+    contexts: Sequence[str],
     windows: Iterable[Window],
     logits: Iterable[tuple[NDArray[np.floating], NDArray[np.floating]]],
     longest: int = 30,
@@ -70,13 +98,14 @@ def decode(
     """Every question's best spans, over all its windows.
 
     Args:
+        contexts: each question's.
         windows: of all questions.
         logits: of each window, start and end; what stands beyond its tokens is padding.
         longest: most tokens of an answer.
         count: spans to keep of each question.
     """
-    spans: list[dict[tuple[int, int], float]] = [{} for _ in range(len(squad))]
-    nulls = [np.inf] * len(squad)
+    spans: list[dict[tuple[int, int], float]] = [{} for _ in contexts]
+    nulls = [np.inf] * len(contexts)
     for window, (start, end) in zip(windows, logits, strict=True):
         inside, of = window.offsets[:, 1] > 0, window.question
         nulls[of] = min(nulls[of], float(start[window.null]) + float(end[window.null]))
@@ -85,12 +114,12 @@ def decode(
             place = (int(window.offsets[i, 0]), int(window.offsets[j, 1]))
             spans[of][place] = max(score, spans[of].get(place, -np.inf))
     return [
-        Decoded(_ranked(question.context, found, count), null)
-        for question, found, null in zip(squad.questions, spans, nulls, strict=True)
+        Decoded(_best_of(context, found, count), null)
+        for context, found, null in zip(contexts, spans, nulls, strict=True)
     ]
 
 
-def _ranked(context: str, found: dict[tuple[int, int], float], count: int) -> list[Span]:
+def _best_of(context: str, found: dict[tuple[int, int], float], count: int) -> list[Span]:
     order = sorted(found, key=lambda place: (-found[place], place))[:count]
     return [_span(context, found[place], *place) for place in order]
 
