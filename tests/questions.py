@@ -75,13 +75,20 @@ def texts():
     return [text for context, asked in PARAGRAPHS for text in (context, *(question for _, question, _ in asked))]
 
 
-def wordpiece(size=400):
-    """As BERT's: lower case, accents stripped, so that tokens end before a combining mark."""
-    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
-    tokenizer.normalizer = normalizers.BertNormalizer()
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+def wordpiece(length=4):
+    """As BERT's: lower case, accents stripped, so that tokens end before a combining mark.
+
+    Its words are in pieces of `length` letters: WordPieceTrainer finds another vocabulary in each process.
+    """
+    normalizer, splitter = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
+    words = {word for text in texts() for word, _ in splitter.pre_tokenize_str(normalizer.normalize_str(text))}
+    cut = {f"{'##' * (at > 0)}{word[at : at + length]}" for word in words for at in range(0, len(word), length)}
+    letters = {f"{mark}{letter}" for letter in "".join(words) for mark in ("", "##")}
     marks = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    tokenizer.train_from_iterator(texts(), trainers.WordPieceTrainer(vocab_size=size, special_tokens=marks))
+    vocabulary = {token: number for number, token in enumerate([*marks, *sorted(cut | letters)])}
+    tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
+    tokenizer.normalizer, tokenizer.pre_tokenizer = normalizer, splitter
+    tokenizer.add_special_tokens(marks)
     tokenizer.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
     )
