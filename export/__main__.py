@@ -4,6 +4,7 @@
 
 import argparse
 import functools
+import logging
 import math
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from export import cli
 from export.runtime import TOLERANCE
 from export.wanted import Wanted, add_flags
 
+_LOG = logging.getLogger("export")
 FORMS = {
     "merged": "merged into the plain graph",
     "folded": "folded into dense bottlenecks or prefixes",
@@ -24,6 +26,15 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     args = _parse(argv)
     if args.out.exists():
         raise ValueError(f"{args.out} exists; name another --out, or delete it first")
+    with cli.narrated():
+        manifest = _made(args)
+    if not args.delta:
+        _tell(args.out, manifest)
+    return manifest
+
+
+def _made(args: argparse.Namespace) -> dict[str, Any]:
+    _LOG.info("loading %s", ", ".join(map(str, args.split or [args.delta or args.run])))
     from export import delta, package, split
     from export.graph import check_choices
     from export.source import Source
@@ -37,20 +48,17 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     if args.split:
         runs = split.named(args.split)
         _refuse_texts("--split", *runs.values())
-        manifest = split.build(runs, args.out, opset=args.opset, tolerance=args.tolerance, then=_adding(runs, wanted))
-    else:
-        source = Source.open(args.run)
-        manifest = package.build(
-            source,
-            args.out,
-            opset=args.opset,
-            exporter=args.exporter,
-            dynamic_size=args.dynamic_size,
-            tolerance=args.tolerance,
-            then=_adding({source.task: source}, wanted),
-        )
-    _tell(args.out, manifest)
-    return manifest
+        return split.build(runs, args.out, opset=args.opset, tolerance=args.tolerance, then=_adding(runs, wanted))
+    source = Source.open(args.run)
+    return package.build(
+        source,
+        args.out,
+        opset=args.opset,
+        exporter=args.exporter,
+        dynamic_size=args.dynamic_size,
+        tolerance=args.tolerance,
+        then=_adding({source.task: source}, wanted),
+    )
 
 
 def _adding(sources: dict[str, Any], wanted: Wanted) -> Any:

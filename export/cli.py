@@ -4,12 +4,14 @@ Standard library only: vtab.cli builds on it, and a machine that only runs packa
 """
 
 import argparse
+import contextlib
 import functools
 import json
+import logging
 import os
 import sys
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -98,6 +100,26 @@ def _told(error: BaseException) -> str:
     if os.environ.get("CAPAVISION_TRACEBACK"):
         return ""
     return absent(error) if isinstance(error, ModuleNotFoundError) else printable(" ".join(str(error).split()))
+
+
+@contextlib.contextmanager
+def narrated() -> Iterator[None]:
+    """Within it the exporter's log is told at a terminal, a line a stage: it takes half a minute and more."""
+    if not sys.stderr.isatty():
+        yield
+        return
+    log, handler = logging.getLogger("export"), logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(message)s …"))
+    before = log.level, log.propagate
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    log.propagate = False  # ONNX Runtime's quantizer gives the root a handler, which would say all again
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+        log.setLevel(before[0])
+        log.propagate = before[1]
 
 
 def printable(text: str) -> str:

@@ -1,5 +1,6 @@
 """From an adapter file to a package: fold, export, compare with PyTorch, and only then write."""
 
+import logging
 import platform
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -17,6 +18,7 @@ from export.runtime import SCHEMA, TOLERANCE, Runtime, sha256
 from export.source import Source, write_json
 from export.store import save
 
+_LOG = logging.getLogger(__name__)
 Then = Callable[[Path, dict[str, Any]], object]
 
 
@@ -42,6 +44,7 @@ def build(
     """
     stays = any(isinstance(m, (cv.OutputDelta, cv.AttentionDelta)) for m in source.model.modules())
     with new_folder(out) as work:
+        _LOG.info("tracing %s", source.architecture or "the model")
         proto = source.traced(folded(source.model), opset, exporter=exporter, dynamic_size=dynamic_size)
         sources = {source.task: source}
         manifest = head_of("folded" if stays else "merged", proto, sources)
@@ -62,6 +65,7 @@ def write(
     Raises:
         ValueError: what `measure` refuses.
     """
+    _LOG.info("comparing ONNX Runtime with PyTorch")
     first = next(iter(sources.values()))
     save(proto, work / "model.onnx")
     write_json(work / "config.json", _config(first))

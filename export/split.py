@@ -8,6 +8,7 @@ adapter fills every slot, those that its run left alone with their default or ra
 import copy
 import dataclasses
 import hashlib
+import logging
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -36,6 +37,7 @@ from export.shape import apart
 from export.slots import EXAMPLE, Slot, free_axes, opened
 from export.source import Source
 
+_LOG = logging.getLogger(__name__)
 MERGED = "export it merged, python -m export RUN --out DIR"
 CLASSES = "classes"  # the free axis of a head
 LONGEST = 200  # bytes of a task's name: file systems end at 255, and a name has an ending
@@ -109,6 +111,7 @@ def build(
     base, slots = _common_base(sources), _slots(sources)
     openings = _openings(sources, base, slots)
     with new_folder(out) as work:
+        _LOG.info("tracing the base of %d tasks", len(sources))
         proto, base_sha256 = _graph(base, slots, openings, next(iter(sources.values())), opset)
         manifest = head_of("split", proto, sources) | {"base_sha256": base_sha256, "slots": list(openings)}
         (work / "adapters").mkdir()

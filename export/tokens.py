@@ -63,8 +63,14 @@ def read(path: Path, pair: bool) -> list[Text]:
     """A file's texts, one a line; of pairs, with a tab between the two.
 
     Raises:
-        ValueError: it is no UTF-8, empty, or a line is no pair.
+        ValueError: it is not there, a table, no UTF-8 or empty; a line that is no pair.
     """
+    if not path.is_file():
+        raise ValueError(f"there is no file {path}")
+    if path.suffix.lower() in (".csv", ".tsv") and not (pair and path.suffix.lower() == ".tsv"):
+        raise ValueError(
+            f"{path} is a table, whose names and labels are no texts; give a file of texts alone, one a line"
+        )
     try:
         content = path.read_text("utf-8-sig")
     except UnicodeDecodeError as error:

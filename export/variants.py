@@ -4,6 +4,7 @@ What a smaller graph costs is measured, not promised: its accuracy beside float3
 is written into the manifest. The test split is never touched.
 """
 
+import logging
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -43,6 +44,7 @@ KINDS = {  # of those that compute with other numbers
 }
 WATCHED = 8  # images whose values must stay in float16's range
 SEED, SAMPLES = 20240702, 64  # of random inputs to compare on where there are no images and no texts
+_LOG = logging.getLogger(__name__)
 COMPARED = {
     "agreement_on_random_pixels": "images of random pixels",
     "agreement_on_random_tokens": "texts, every second one of random tokens (--data-root FILE: of yours)",
@@ -73,6 +75,7 @@ def add_variants(sources: dict[str, Source], folder: Path, manifest: dict[str, A
     data = {task: _data(task, source, wanted) for task, source in sources.items()}
     proto = load(folder / manifest["graphs"]["float32"])
     for name in wanted.names:
+        _LOG.info("making %s", name)
         _save(_made(name, proto, folder, next(iter(data.values())), wanted), folder / FILES[name], proto)
         manifest["graphs"][name] = FILES[name]
     write_manifest(folder, manifest)
@@ -80,6 +83,7 @@ def add_variants(sources: dict[str, Source], folder: Path, manifest: dict[str, A
         _refuse_overflow(proto, Classifier(folder), data)
     for name in wanted.names:
         if name in KINDS:
+            _LOG.info("comparing %s with float32", name)
             manifest["quantization"][name] = _measured(name, folder, sources, data, wanted)
     write_manifest(folder, manifest)
 

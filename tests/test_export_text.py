@@ -341,6 +341,18 @@ def test_a_file_has_a_text_a_line(merged, tmp_path, capsys):
     }.items():
         file.write_bytes(content)
         assert message in refused(capsys, predict.main, package, "--file", file)
+    assert "there is no file" in refused(capsys, predict.main, package, "--file", tmp_path / "nowhere.txt")
+    (tmp_path / "texts.CSV").write_text("text,label\nno,bad\n")
+    assert "is a table" in refused(capsys, predict.main, package, "--file", tmp_path / "texts.CSV")
+
+
+def test_an_export_says_at_a_terminal_what_it_is_about(merged, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    export_command.main([str(merged[0]), "--out", str(tmp_path / "again"), "--quantize", "int8"])
+    stages = [line for line in capsys.readouterr().err.splitlines() if line.endswith(" …")]
+    assert [line.split()[0] for line in stages] == ["loading", "tracing", "comparing", "making", "comparing"]
+    assert str(merged[0]) in stages[0]
+    assert "BertForSequenceClassification" in stages[1]
 
 
 @pytest.mark.parametrize(
