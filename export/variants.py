@@ -256,7 +256,7 @@ def said(name: str, share: float, size: int, task: str, figures: dict[str, Any])
         count = next(found[kind] for kind in ("images", "texts", "questions") if kind in found)
         of = f"{count} {COMPARED[key]}"
         if "top1" in found:
-            cost = f"float32's top-1 on {found['top1']:.1f} % of {of}"
+            cost = f"float32's answer on {found['top1']:.1f} % of {of}"
         else:
             cost = f"within {found['relative_error']:.1e} of float32's largest answer on {of}"
     return f"{name}: {size / 1e6:.1f} MB, {share:.2f} of float32; {task}: {cost}"
