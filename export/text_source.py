@@ -74,10 +74,15 @@ class TextSource(Source):
 
         Raises:
             ValueError: it says too little, has no tokenizer that fits beside it, or a max_length that the encoder has
-                no positions for.
+                no positions for; an encoder with a decoder.
         """
         text, folder = checked(about["info"], max_length=shape.length, pair=bool), file.parent
         model: Any = cv.load(file, build(about["info"], folder)).float().eval()
+        if model.config.is_encoder_decoder:  # its head asks, in Python, how many end tokens there are
+            raise ValueError(
+                f"{file} is of {text['architecture']}, which looks for its answer at each text's end token, and no graph "
+                "can; train an encoder such as BERT, or a decoder such as Llama"
+            )
         inputs = cls.inputs_of(file, text, model)
         made, theirs = cls.taken(folder, inputs), _own(folder)
         inputs |= cls.marks(folder, theirs)

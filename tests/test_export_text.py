@@ -26,6 +26,7 @@ from export.source import Source
 from export.text import build
 from export.web import __main__ as web
 from tests.conftest import awaken_deltas, seeded
+from tests.texts import write_model
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 transformers.utils.logging.disable_progress_bar()
@@ -512,6 +513,19 @@ def test_a_run_that_does_not_hold_together_is_one_line(case, merged, tmp_path, c
     change(run, model=str(run / "encoder"))
     spoil(run)
     assert says in refused(capsys, export_command.main, run, "--out", tmp_path / "package")
+
+
+def test_an_encoder_with_a_decoder_is_refused(tmp_path, capsys):
+    parts = {f"{part}_{what}": size for part in ("encoder", "decoder")
+             for what, size in (("layers", 1), ("attention_heads", 4), ("ffn_dim", 64))}  # fmt: skip
+    write_model(tmp_path / "bart", "BartConfig", "BartModel", {"d_model": 32, "eos_token_id": 3, **parts})
+    about = {"model": str(tmp_path / "bart"), "architecture": "BartForSequenceClassification", "labels": ["a", "b"],
+             "max_length": 16, "pair": False}  # fmt: skip
+    model = build({"text": about}, tmp_path)
+    cv.inject(model, cv.LoRA())
+    cv.save(model, tmp_path / "adapter.safetensors", info={"text": about})
+    said = refused(capsys, export_command.main, tmp_path, "--out", tmp_path / "package")
+    assert "is of BartForSequenceClassification, which looks for its answer at each text's end token" in said
 
 
 def test_a_strangers_tokenizer_never_runs_code_of_its_own(merged, tmp_path, capsys, monkeypatch):
