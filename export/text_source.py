@@ -80,8 +80,8 @@ class TextSource(Source):
         model: Any = cv.load(file, build(about["info"], folder)).float().eval()
         if model.config.is_encoder_decoder:  # its head asks, in Python, how many end tokens there are
             raise ValueError(
-                f"{file} is of {text['architecture']}, which looks for its answer at each text's end token, and no graph "
-                "can; train an encoder such as BERT, or a decoder such as Llama"
+                f"{file} is of {text['architecture']}, which looks for its answer at each text's end token, which "
+                "no graph can; train an encoder such as BERT, or a decoder such as Llama"
             )
         inputs = cls.inputs_of(file, text, model)
         made, theirs = cls.taken(folder, inputs), _own(folder)
