@@ -152,16 +152,17 @@ def _refuse_adapter(model: str) -> None:
 
 
 def _absent(model: str, told: str) -> str:
-    if "model.safetensors" not in told:
-        return (
-            f"there is no folder {model}, and no such model came from the hub; take demo, a folder that save_pretrained "
-            f"wrote, or a machine that reaches the Hugging Face hub ({told.partition('. ')[0].strip(' .')})"
-        )
-    if Path(location(model)).is_dir():
+    if "model.safetensors" in told and Path(location(model)).is_dir():
         return f"{model} has no model.safetensors, and pickled weights are never read; save it with save_pretrained"
+    if "model.safetensors" in told:
+        return (
+            f"there is no folder {model}, and no model.safetensors of that name came from the hub (pickled weights are "
+            "never read); go where the folder is, or to a machine that reaches the Hugging Face hub"
+        )
+    reason = told.partition(". ")[0].strip(" .")
     return (
-        f"there is no folder {model}, and no model.safetensors of that name came from the hub (pickled weights are never "
-        "read); go where the folder is, or to a machine that reaches the Hugging Face hub"
+        f"there is no folder {model}, and no such model came from the hub; take demo, a folder that save_pretrained "
+        f"wrote, or a machine that reaches the Hugging Face hub ({reason})"
     )
 
 

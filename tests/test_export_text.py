@@ -501,7 +501,7 @@ SPOILT = {
     "task": (lambda run: change(run, architecture="BertForTokenClassification"), "a package answers with labels"),
     "no class": (lambda run: change(run, architecture="NoForSequenceClassification"), "has no model 'NoForSequence"),
     "another": (lambda run: change(run, architecture="RobertaForSequenceClassification"), "is a bert, and no Roberta"),
-    "moved": (lambda run: shutil.rmtree(run / "encoder"), "encoder, and no model.safetensors of that name came"),
+    "moved": (lambda run: shutil.rmtree(run / "encoder"), "encoder, and no such model came from the hub"),
 }
 
 
