@@ -362,6 +362,8 @@ DAMAGE = {
     "differs": (broken_result(lambda r: r.update(recipe_differs=1)), "no valid 'recipe_differs': 1"),
     "chosen": (broken_result(lambda r: r.update(tuning={"chosen": "x"})), "no valid 'tuning.chosen': 'x'"),
     "trials": (broken_result(lambda r: r.update(tuning={"trials": [{}]})), "trials of --tune without settings"),
+    "negative": (broken_result(lambda r: r.update(trained_parameters=-5)), "has -5 trained parameters"),
+    "half a character": (broken_result(lambda r: r.update(method="lora \ud800")), "half a surrogate pair"),
     "steering": (broken_result(lambda r: r.update(method="lora \x1b[2J")), "holds control characters"),
     "unfinished": (lambda f: (f / "result.json").unlink(), "unfinished, 3 epochs done"),
 }
@@ -383,6 +385,33 @@ def test_what_is_not_counted_is_named_in_the_terminal_and_on_the_page(tmp_path, 
     cli.run(lambda: report.main([str(tmp_path), "--beside", "none"]))  # no SystemExit
     assert "bad one: result.json is damaged" in " ".join(capsys.readouterr().out.split())
     assert "bad one" in (tmp_path / "report" / "report.html").read_text()
+
+
+@pytest.mark.parametrize("name", ["a\x1b[2Jb", "a\udcffb", "a\u202eb"])
+def test_a_folders_name_neither_steers_the_terminal_nor_ends_the_report(name, tmp_path, capsys):
+    fake(tmp_path, "cifar", 600, 0)
+    (fake(tmp_path, "cifar", 700, 1, name="bad one") / "result.json").write_text("{")
+    (tmp_path / "bad one").rename(tmp_path / name)
+    fake(tmp_path, "films", 700, method="of right \u202e to left")
+    cli.run(lambda: report.main([str(tmp_path), "--beside", "none"]))  # no SystemExit
+    out, page = capsys.readouterr().out, (tmp_path / "report" / "report.html").read_text()
+    assert all(letter == "\n" or letter.isprintable() for letter in out)
+    assert repr(name)[1:-1] in "".join(out.split())
+    assert repr(name)[1:-1] in page
+
+
+def test_folders_of_a_records_name_are_none(tmp_path):
+    fake(tmp_path, "cifar", 600)
+    (tmp_path / "other" / "config.json").mkdir(parents=True)
+    (tmp_path / "third" / "result.json").mkdir(parents=True)
+    rows, problems = rows_of(tmp_path)
+    assert len(rows) == 1
+    assert not problems
+
+
+def test_a_method_without_a_name_is_a_line_too(tmp_path, capsys):
+    fake_texts(tmp_path, "films", 700, method=" ")
+    assert "70.0" in reported(tmp_path, capsys)["terminal"]
 
 
 def cut(name, keep):
@@ -408,6 +437,7 @@ LESS = {
     "endless epoch": (lambda f: (f / "metrics.jsonl").write_text('{"epoch": 1000000, "accuracy": 1}'), "out of range"),
     "no percent": (lambda f: (f / "metrics.jsonl").write_text('{"epoch": 1, "accuracy": NaN}'), "out of range"),
     "many classes": (lambda f: predictions_of(f, np.arange(IMAGES) * 64), "classes are 0 … 4999 at most"),
+    "many names": (broken_result(lambda r: r.update(text={"labels": ["a"] * 100_000})), "classes are 0 … 4999 at most"),
     "bomb": (lambda f: predictions_of(f, np.zeros(1 << 25)), "it unpacks to 536,871,"),
     "predictions": (cut("predictions.npz", 90), "no confusion matrix"),
     "predictions of another run": (other_predictions, "it holds 100.0 %"),
