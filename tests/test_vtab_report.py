@@ -853,7 +853,11 @@ def test_names_of_any_letters_stay_in_their_cell_in_latex(tmp_path, capsys):
     for index, name in enumerate(["[2pt] x", "*z", "a\n\nb"]):
         fake_texts(tmp_path, "films", 700 + index, method=name)
     latex = reported(tmp_path, capsys)["latex"]
-    assert [line.partition(" & ")[0] for line in latex.splitlines() if " & " in line][1:] == ["{*}z", "{[}2pt] x", "a b"]
+    assert [line.partition(" & ")[0] for line in latex.splitlines() if " & " in line][1:] == [
+        "{*}z",
+        "{[}2pt] x",
+        "a b",
+    ]
 
 
 def test_the_page_needs_nothing_else_and_escapes_every_name(written):
