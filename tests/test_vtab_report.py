@@ -3,10 +3,12 @@ import csv
 import html.parser
 import io
 import json
+import os
 import re
 import shutil
 import subprocess
 import sys
+import threading
 import zipfile
 from collections import Counter
 from importlib import resources
@@ -414,6 +416,19 @@ def test_a_method_without_a_name_is_a_line_too(tmp_path, capsys):
     assert "70.0" in reported(tmp_path, capsys)["terminal"]
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes with names here")
+@pytest.mark.parametrize("name", ["result.json", "config.json", "metrics.jsonl", "predictions.npz", "predictions.csv"])
+def test_a_pipe_in_the_place_of_a_file_does_not_keep_the_report_waiting(name, tmp_path):
+    fake(tmp_path, "cifar", 600)
+    folder = fake(tmp_path, "cifar", 700, seed=1)
+    (folder / name).unlink(missing_ok=True)
+    os.mkfifo(folder / name)
+    reading = threading.Thread(target=report.main, args=([str(tmp_path)],), daemon=True)
+    reading.start()
+    reading.join(60)
+    assert not reading.is_alive()
+
+
 def cut(name, keep):
     return lambda folder: (folder / name).write_bytes((folder / name).read_bytes()[:keep])
 
@@ -687,6 +702,14 @@ def test_one_file_is_one_task_wherever_it_lies_and_its_older_runs_too(tmp_path):
         fake_texts(tmp_path, "train", 600, seed, config={"train": file}, data={"digest": "d1"})
     fake_texts(tmp_path, "train", 600, 2, config={"train": "c/train.json"})
     assert {task for row in rows_of(tmp_path)[0] for task in row.cells} == {"train"}
+
+
+@pytest.mark.parametrize("name", ["all", "natural", "groups"])
+def test_a_folder_that_is_called_like_a_mean_keeps_its_figure(name, tmp_path, capsys):
+    fake(tmp_path, "dtd", 500)
+    fake(tmp_path, name, 900)
+    (table,) = csv.DictReader(io.StringIO(reported(tmp_path, capsys, "--beside", "none")["csv"]))
+    assert (table[f"{name} (images)"], table[name]) == ("90.0000", "50.0000")
 
 
 def test_figures_over_other_test_texts_are_not_ranked(tmp_path):

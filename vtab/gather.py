@@ -128,7 +128,7 @@ def _read(folder: Path) -> tuple[Run, list[Problem]]:
         history = _history(folder / "metrics.jsonl", result)
     except (ValueError, OSError, RecursionError) as error:
         remarks.append(Problem(folder, f"metrics.jsonl is damaged ({error}): no learning curve"))
-    if (folder / "predictions.npz").exists():
+    if (folder / "predictions.npz").is_file():
         try:
             labels, predicted = _predictions(folder / "predictions.npz", result)
         except (ValueError, OSError, KeyError, EOFError, MemoryError, zipfile.BadZipFile) as error:
