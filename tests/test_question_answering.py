@@ -833,7 +833,7 @@ REFUSED = {
     "no answers": (["+", "--train", "{none.json}"], "none.json has no answers among the 3 questions to train on"),
     "start": (["+", "--train", "{start.json}"], "at answer_start 60 the context has ' Anna Mülle', not"),
     "context": (["+", "--dev", "{context.json}"], "h1 (data[0].paragraphs[0].qas[0]) has an empty context"),
-    "id": (["+", "--dev", "{id.json}"], "id.json: the id of question h\\ud800 (data[0].paragraphs[0].qas[0]) holds half a"),
+    "id": (["+", "--dev", "{id.json}"], "the id of question h\\ud800 (data[0].paragraphs[0].qas[0]) holds half a"),
     "length": (["+", "--max-length", "24"], "tokens, which leaves 1"),
     "length of the model": (["+", "--max-length", "300", "--stride", "4"], "cannot take texts of 300 tokens"),
     "stride": (["+", "--stride", "-1"], "--stride -1 must be at least 0"),
