@@ -44,6 +44,8 @@ def main(argv: list[str] | None = None) -> list[list[tuple[str, float]]] | list[
         raise ValueError(f"{args.package} takes {kind}s: python -m export.predict {args.package} {HOW[kind]}")
     if args.json and not (kind == "question" and args.file):
         raise ValueError("--json is for the questions of --file, which have ids; leave it out")
+    if args.json and args.json.resolve() == args.file.resolve():
+        raise ValueError(f"--json {args.json} holds the questions; name another file")
     if args.null_threshold is not None and kind != "question":
         raise ValueError(f"--null-threshold is for questions, and {args.package} takes {kind}s; leave it out")
     return _answers(args) if kind == "question" else _labels(args)

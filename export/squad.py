@@ -111,8 +111,8 @@ def checked(found: Iterable[Entry], source: str, make: Callable[[Entry], T]) -> 
 
 def _check(entry: Entry) -> None:
     name = f"question {entry.id} ({entry.place})"
-    for what, text in (("context", entry.context), ("question", entry.question)):
-        if not text.strip():
+    for what, text in (("id", entry.id), ("context", entry.context), ("question", entry.question)):
+        if not text.strip() and what != "id":
             raise ValueError(f"{name} has an empty {what}; remove it, or fill it in")
         if _SURROGATE.search(text):
             raise ValueError(f"the {what} of {name} holds half a surrogate pair, which is no character; mend the text")

@@ -348,6 +348,21 @@ def test_what_is_no_question_is_one_line(case, bert, tmp_path, capsys):
     assert says.format(package=bert[1]) in refused(capsys, predict.main, bert[1], *argv)
 
 
+def test_of_many_questions_the_one_that_cannot_be_asked_is_named(bert):
+    asked = [("Who?", CONTEXT)] * 256 + [("who " * 99, CONTEXT)]
+    with pytest.raises(ValueError, match=r"question 257 has 99 tokens"):
+        Answerer(bert[1]).answer(asked)
+
+
+def test_the_answers_do_not_take_the_place_of_the_questions(bert, tmp_path, capsys):
+    file = questions.write(tmp_path / "dev.json")
+    before = file.read_bytes()
+    (tmp_path / "link.json").symlink_to(file)
+    said = refused(capsys, predict.main, bert[1], "--file", tmp_path / "link.json", "--json", file)
+    assert "dev.json holds the questions; name another file" in said
+    assert file.read_bytes() == before
+
+
 def test_a_file_needs_no_answers_to_be_asked(bert, tmp_path):
     bare = {"paragraphs": [{"context": CONTEXT, "qas": [{"id": 7, "question": "Who?"}]}]}
     (tmp_path / "bare.json").write_text("\ufeff" + json.dumps({"data": [bare]}), "utf-8")

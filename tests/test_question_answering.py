@@ -833,6 +833,7 @@ REFUSED = {
     "no answers": (["+", "--train", "{none.json}"], "none.json has no answers among the 3 questions to train on"),
     "start": (["+", "--train", "{start.json}"], "at answer_start 60 the context has ' Anna Mülle', not"),
     "context": (["+", "--dev", "{context.json}"], "h1 (data[0].paragraphs[0].qas[0]) has an empty context"),
+    "id": (["+", "--dev", "{id.json}"], "the id of question h\\ud800 (data[0].paragraphs[0].qas[0]) holds half a"),
     "length": (["+", "--max-length", "24"], "tokens, which leaves 1"),
     "length of the model": (["+", "--max-length", "300", "--stride", "4"], "cannot take texts of 300 tokens"),
     "stride": (["+", "--stride", "-1"], "--stride -1 must be at least 0"),
@@ -867,6 +868,7 @@ def bad(place):
     write("start.json", lambda c: first(c)["answers"][0].update(answer_start=60))
     write("endless.json", lambda c: first(c).update(question="Who built " * 10_000))
     write("long.json", only_the_whole_context)
+    write("id.json", lambda c: first(c).update(id="h\ud800"))
     write("context.json", lambda c: c["data"][0]["paragraphs"][0].update(context=""))
     write("none.json", lambda c: (c["data"].pop(0), [q.update(answers=[], is_impossible=True) for q in asked_last(c)]))
     for name, model, sizes in (("canine", "Canine", SMALL), ("vit", "ViT", SMALL), ("t5", "T5", {"d_model": 32})):

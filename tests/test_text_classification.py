@@ -31,7 +31,7 @@ from examples.text.settings import Classification
 from export import text as models
 from tests.conftest import awaken_deltas
 from tests.texts import SMALL, sentence, write_csv, write_model, write_tokenizer
-from vtab import cli, report
+from vtab import cli, record, report
 from vtab.gather import read_all
 from vtab.rows import arrange
 
@@ -176,8 +176,12 @@ def test_the_record_tells_its_data_from_others_of_the_same_name(bert, reviews, t
     files = {"same": reviews, "other": tmp_path / "reviews.csv"}
     found = {name: sources.open_data(Classification(data=str(path), **columns)) for name, path in files.items()}
     assert found["same"].facts["digest"] != found["other"].facts["digest"]
-    drawn = sources.open_data(Classification(data=str(reviews), train_size=100, split_seed=3, **columns))
-    assert drawn.facts["digest"] == found["same"].facts["digest"]
+    drawn = [
+        sources.open_data(Classification(data=str(reviews), train_size=100, split_seed=seed, **columns)).facts
+        for seed in (3, 3, 4)
+    ]
+    assert {facts["digest"] for facts in drawn} == {found["same"].facts["digest"]}
+    assert drawn[0]["test_digest"] == drawn[1]["test_digest"] != drawn[2]["test_digest"]  # these do not compare
     others = write_csv(tmp_path / "test.csv", 50, seed=1)
     apart = sources.open_data(Classification(data=str(reviews), test_data=others, **columns)).facts
     assert apart["digest"] == found["same"].facts["digest"] != apart["test_digest"]
@@ -320,6 +324,20 @@ def test_a_run_on_a_file_that_changed_is_another_one(command, tmp_path, capsys):
     own.write_text("\n".join(lines) + "\n")
     said = refused(capsys, [*argv, "--out", str(tmp_path), "--name", "a"])
     assert re.search(r"holds a run with contents own\.csv \w{12} instead of own\.csv \w{12}; give", said)
+
+
+def test_which_of_two_files_changed_is_told(tmp_path):
+    (tmp_path / "to test on.csv").write_text("a")
+    files = {"data": str(write_csv(tmp_path / "reviews of films.csv")), "test_data": tmp_path / "to test on.csv"}
+    config = Classification(**files, name="a", out=tmp_path)
+    (config.folder()).mkdir()
+    for name, text in (("config.json", json.dumps(config.record())), ("result.json", "{}")):
+        (config.folder() / name).write_text(text)
+    (tmp_path / "to test on.csv").write_text("b")
+    with pytest.raises(ValueError, match=r"contents (.*) instead of (.*); give") as told:
+        record.check(config.folder(), Classification(**files, name="a", out=tmp_path))
+    before, now = re.search(r"contents (.*) instead of (.*); give", str(told.value)).groups()
+    assert before != now
 
 
 def test_numbers_are_learned_and_judged_by_correlation(command, tmp_path, capsys):

@@ -3,10 +3,12 @@ import csv
 import html.parser
 import io
 import json
+import os
 import re
 import shutil
 import subprocess
 import sys
+import threading
 import zipfile
 from collections import Counter
 from importlib import resources
@@ -362,6 +364,8 @@ DAMAGE = {
     "differs": (broken_result(lambda r: r.update(recipe_differs=1)), "no valid 'recipe_differs': 1"),
     "chosen": (broken_result(lambda r: r.update(tuning={"chosen": "x"})), "no valid 'tuning.chosen': 'x'"),
     "trials": (broken_result(lambda r: r.update(tuning={"trials": [{}]})), "trials of --tune without settings"),
+    "negative": (broken_result(lambda r: r.update(trained_parameters=-5)), "has -5 trained parameters"),
+    "half a character": (broken_result(lambda r: r.update(method="lora \ud800")), "half a surrogate pair"),
     "steering": (broken_result(lambda r: r.update(method="lora \x1b[2J")), "holds control characters"),
     "unfinished": (lambda f: (f / "result.json").unlink(), "unfinished, 3 epochs done"),
 }
@@ -383,6 +387,46 @@ def test_what_is_not_counted_is_named_in_the_terminal_and_on_the_page(tmp_path, 
     cli.run(lambda: report.main([str(tmp_path), "--beside", "none"]))  # no SystemExit
     assert "bad one: result.json is damaged" in " ".join(capsys.readouterr().out.split())
     assert "bad one" in (tmp_path / "report" / "report.html").read_text()
+
+
+@pytest.mark.parametrize("name", ["a\x1b[2Jb", "a\udcffb", "a\u202eb"])
+def test_a_folders_name_neither_steers_the_terminal_nor_ends_the_report(name, tmp_path, capsys):
+    fake(tmp_path, "cifar", 600, 0)
+    (fake(tmp_path, "cifar", 700, 1, name="bad one") / "result.json").write_text("{")
+    (tmp_path / "bad one").rename(tmp_path / name)
+    fake(tmp_path, "films", 700, method="of right \u202e to left")
+    cli.run(lambda: report.main([str(tmp_path), "--beside", "none"]))  # no SystemExit
+    out, page = capsys.readouterr().out, (tmp_path / "report" / "report.html").read_text()
+    assert all(letter == "\n" or letter.isprintable() for letter in out)
+    assert repr(name)[1:-1] in "".join(out.split())
+    assert repr(name)[1:-1] in page
+
+
+def test_folders_of_a_records_name_are_none(tmp_path):
+    fake(tmp_path, "cifar", 600)
+    (tmp_path / "other" / "config.json").mkdir(parents=True)
+    (tmp_path / "third" / "result.json").mkdir(parents=True)
+    rows, problems = rows_of(tmp_path)
+    assert len(rows) == 1
+    assert not problems
+
+
+def test_a_method_without_a_name_is_a_line_too(tmp_path, capsys):
+    fake_texts(tmp_path, "films", 700, method=" ")
+    assert "70.0" in reported(tmp_path, capsys)["terminal"]
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes with names here")
+@pytest.mark.parametrize("name", ["result.json", "config.json", "metrics.jsonl", "predictions.npz", "predictions.csv"])
+def test_a_pipe_in_the_place_of_a_file_does_not_keep_the_report_waiting(name, tmp_path):
+    fake(tmp_path, "cifar", 600)
+    folder = fake(tmp_path, "cifar", 700, seed=1)
+    (folder / name).unlink(missing_ok=True)
+    os.mkfifo(folder / name)
+    reading = threading.Thread(target=report.main, args=([str(tmp_path)],), daemon=True)
+    reading.start()
+    reading.join(60)
+    assert not reading.is_alive()
 
 
 def cut(name, keep):
@@ -408,6 +452,7 @@ LESS = {
     "endless epoch": (lambda f: (f / "metrics.jsonl").write_text('{"epoch": 1000000, "accuracy": 1}'), "out of range"),
     "no percent": (lambda f: (f / "metrics.jsonl").write_text('{"epoch": 1, "accuracy": NaN}'), "out of range"),
     "many classes": (lambda f: predictions_of(f, np.arange(IMAGES) * 64), "classes are 0 … 4999 at most"),
+    "many names": (broken_result(lambda r: r.update(text={"labels": ["a"] * 100_000})), "classes are 0 … 4999 at most"),
     "bomb": (lambda f: predictions_of(f, np.zeros(1 << 25)), "it unpacks to 536,871,"),
     "predictions": (cut("predictions.npz", 90), "no confusion matrix"),
     "predictions of another run": (other_predictions, "it holds 100.0 %"),
@@ -659,6 +704,14 @@ def test_one_file_is_one_task_wherever_it_lies_and_its_older_runs_too(tmp_path):
     assert {task for row in rows_of(tmp_path)[0] for task in row.cells} == {"train"}
 
 
+@pytest.mark.parametrize("name", ["all", "natural", "groups"])
+def test_a_folder_that_is_called_like_a_mean_keeps_its_figure(name, tmp_path, capsys):
+    fake(tmp_path, "dtd", 500)
+    fake(tmp_path, name, 900)
+    (table,) = csv.DictReader(io.StringIO(reported(tmp_path, capsys, "--beside", "none")["csv"]))
+    assert (table[f"{name} (images)"], table[name]) == ("90.0000", "50.0000")
+
+
 def test_figures_over_other_test_texts_are_not_ranked(tmp_path):
     for method, correct, digest in (("lora r8", 600, "d1"), ("full", 700, "d1")):
         fake_texts(tmp_path, "films", correct, method=method, data={"test_digest": digest})
@@ -817,6 +870,17 @@ def test_the_latex_has_whole_rows_and_bold_best_figures(written):
             bold = by_label[label][column].startswith(r"\textbf{")
             if task not in ("dtd", "dsprites_loc"):
                 assert bold == (value == max(shown.values())), (label, task)
+
+
+def test_names_of_any_letters_stay_in_their_cell_in_latex(tmp_path, capsys):
+    for index, name in enumerate(["[2pt] x", "*z", "a\n\nb"]):
+        fake_texts(tmp_path, "films", 700 + index, method=name)
+    latex = reported(tmp_path, capsys)["latex"]
+    assert [line.partition(" & ")[0] for line in latex.splitlines() if " & " in line][1:] == [
+        "{*}z",
+        "{[}2pt] x",
+        "a b",
+    ]
 
 
 def test_the_page_needs_nothing_else_and_escapes_every_name(written):

@@ -98,7 +98,7 @@ def _told_apart(runs: Sequence[Run]) -> list[Run]:
 def _folders(roots: Iterable[Path]) -> list[Path]:
     found = {}
     for root in roots:
-        for path in (*root.rglob("result.json"), *root.rglob("config.json")):
+        for path in filter(Path.is_file, (*root.rglob("result.json"), *root.rglob("config.json"))):
             trial = path.parent.parent  # of --tune, inside the run that it is part of
             if trial.name == "trials" and (trial.parent / "config.json").is_file():
                 continue
@@ -128,7 +128,7 @@ def _read(folder: Path) -> tuple[Run, list[Problem]]:
         history = _history(folder / "metrics.jsonl", result)
     except (ValueError, OSError, RecursionError) as error:
         remarks.append(Problem(folder, f"metrics.jsonl is damaged ({error}): no learning curve"))
-    if (folder / "predictions.npz").exists():
+    if (folder / "predictions.npz").is_file():
         try:
             labels, predicted = _predictions(folder / "predictions.npz", result)
         except (ValueError, OSError, KeyError, EOFError, MemoryError, zipfile.BadZipFile) as error:
@@ -140,8 +140,11 @@ def _check(result: Any) -> None:
     """Raise ValueError unless result.json has what table and page need, of the right kinds."""
     if not isinstance(result, dict):
         raise ValueError("result.json is no record of a run")
-    if re.search(r"\\u00[01]|[\x7f-\x9f]", json.dumps(result, ensure_ascii=False)):
+    written = json.dumps(result, ensure_ascii=False)
+    if re.search(r"\\u00[01]|[\x7f-\x9f]", written):
         raise ValueError("result.json holds control characters, which would steer the terminal")
+    if re.search("[\ud800-\udfff]", written):
+        raise ValueError("result.json holds half a surrogate pair, which is no character")
     judged_by = metric(result)
     figure = "accuracy" if judged_by == ACCURACY else "score"
     count = "images" if "images" in result and "examples" not in result else "examples"
@@ -156,6 +159,8 @@ def _check(result: Any) -> None:
     trials = (result.get("tuning") or {}).get("trials", [])
     if not all(isinstance(trial, dict) and isinstance(trial.get("settings"), dict) for trial in trials):
         raise ValueError("result.json has trials of --tune without settings")
+    if result["trained_parameters"] < 0:
+        raise ValueError(f"result.json has {result['trained_parameters']} trained parameters")
     percent, total, what = result[figure], examples(result), unit(result)
     if total < 1 or not _lowest(figure) <= percent <= 100:
         raise ValueError(f"result.json has {judged_by} {percent} % over {total} {what}")
@@ -202,7 +207,9 @@ def _predictions(path: Path, result: dict[str, Any]) -> tuple[np.ndarray, np.nda
         labels, predicted = file["labels"], file["predicted"]
     if labels.ndim != 1 or labels.shape != predicted.shape or {labels.dtype.kind, predicted.dtype.kind} - set("iu"):
         raise ValueError(f"labels {labels.dtype}{labels.shape} and predicted {predicted.dtype}{predicted.shape}")
-    if max(labels.max(initial=0), predicted.max(initial=0)) >= MOST_CLASSES or min(labels.min(), predicted.min()) < 0:
+    named = len((result.get("text") or {}).get("labels", []))
+    most = max(labels.max(initial=0), predicted.max(initial=0), named - 1)
+    if most >= MOST_CLASSES or min(labels.min(initial=0), predicted.min(initial=0)) < 0:
         raise ValueError(f"classes are 0 … {MOST_CLASSES - 1} at most")
     own = Accuracy(int((labels == predicted).sum()), len(labels))
     if len(labels) != examples(result) or abs(own.percent - result["accuracy"]) > 1e-3:

@@ -77,4 +77,5 @@ def escape(text: str) -> str:
     """
     special = {c: f"\\{c}" for c in "&%$#_{}"} | {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}"}
     special |= {"^": r"\textasciicircum{}", "±": r"$\pm$", "≤": r"$\leq$", "×": r"$\times$", "–": "--", "…": r"\dots{}"}
-    return "".join(special.get(c, c) for c in text)
+    special |= {"[": "{[}", "*": "{*}"}  # of which \\ before them would make an argument
+    return "".join(special.get(c, c) for c in " ".join(text.split()))

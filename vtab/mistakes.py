@@ -48,6 +48,8 @@ def _table(path: Path) -> tuple[list[str], list[list[str]]]:
     Raises:
         OSError, ValueError, csv.Error: no such file, no text, no table.
     """
+    if not path.is_file():  # a pipe would be waited for
+        raise FileNotFoundError(path)
     csv.field_size_limit(LIMIT)
     header, *rows = csv.reader(io.StringIO(read(path), newline=""), strict=True)
     if any(len(row) != len(header) for row in rows):

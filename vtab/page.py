@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from importlib import resources
 from typing import Any
 
+from export.cli import printable
 from vtab import charts, mistakes, tables
 from vtab.averages import VTAB
 from vtab.published import Published, published
@@ -31,7 +32,7 @@ def render(rows: Sequence[Row], beside: Sequence[Published], problems: Sequence[
         made=f"{datetime.datetime.now(datetime.UTC):%d %B %Y, %H:%M} UTC",
         runs=runs,
         rows=rows,
-        problems=problems,
+        problems=[(printable(str(problem.folder)), printable(problem.text)) for problem in problems],
         blocks=blocks,
         names={name: tables.paper_name(name) for block in blocks for name in block.columns} | tables.MEANS,
         generated=tables.GENERATED if any(run.generated for run in runs) else "",

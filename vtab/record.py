@@ -28,6 +28,7 @@ from vtab.textfile import read_json, write
 from vtab.training import Training
 
 SHOWN = 16  # test images in predictions.png
+TOLD = 600  # letters of a setting, which differs at the end where it is a path or two files' digests
 BEGUN = ("checkpoint.safetensors", "adapter.safetensors", "result.json", "tuning.json")  # with config.json: a run's
 
 
@@ -60,7 +61,7 @@ def _differing(found: dict[str, Any], asked: dict[str, Any]) -> str:
     if before["method"] == now["method"]:
         before, now = ({**method, **one} for one, method in zip((before, now), methods, strict=True))
     changed = sorted(k for k in (before.keys() | now.keys()) - {"out", "cache"} if before.get(k) != now.get(k))
-    return ", ".join(f"{k} {str(before.get(k))[:40]} instead of {str(now.get(k))[:40]}" for k in changed)
+    return ", ".join(f"{k} {str(before.get(k))[:TOLD]} instead of {str(now.get(k))[:TOLD]}" for k in changed)
 
 
 def claim(folder: Path, config: Training) -> None:

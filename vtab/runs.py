@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from vtab.averages import AVERAGES
 from vtab.config import Config
 from vtab.labels import recorded
 from vtab.lists import LENGTHS
@@ -76,8 +77,9 @@ class Run:
     @property
     def task(self) -> str:
         """With what it is judged by, unless that is top-1 accuracy: figures of two metrics never share a column. Nor do
-        those of two files of one name."""
+        those of two files of one name, nor a folder of one's own and a mean."""
         name, judged_by = self.result["task"] + self.apart, metric(self.result)
+        name += f" ({self.unit})" if name in AVERAGES else ""
         return name if judged_by == ACCURACY else f"{name} ({judged_by})"
 
     @property

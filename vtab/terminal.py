@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from export.cli import printable
 from vtab.runs import Problem
 from vtab.tables import MEANS, Block, Line
 
@@ -38,15 +39,16 @@ def show(blocks: Sequence[Block], problems: Sequence[Problem]) -> None:
     console = Console(highlight=False, markup=False)
     for block in blocks:
         for title, columns in pieces(block, console.width):
-            console.print(f"\n{title}")
+            console.print(f"\n{printable(title)}")
             console.print(_table(block.lines, columns, console.width))
     if notes := dict.fromkeys(note for block in blocks for note in block.notes):
         console.print(*notes)
     for label, remark in dict.fromkeys((line.label, line.remark) for block in blocks for line in block.lines):
         if remark:
-            console.print(f"  {label}: {remark}")
+            console.print(printable(f"  {label}: {remark}"))
     for problem in problems:
-        console.print(f"not counted in full: {problem.folder}: {problem.text}", style="yellow")
+        told = printable(f"{problem.folder}: {problem.text}")
+        console.print(f"not counted in full: {told}", style="yellow")
 
 
 def pieces(block: Block, width: int) -> list[tuple[str, list[Column]]]:
@@ -83,7 +85,8 @@ def _figures(lines: Sequence[Line], name: str) -> Column:
         "bold" if figure and figure.best else "" if line.ours else "dim"
         for figure, line in zip(there, lines, strict=True)
     ]
-    return Column((SHORT | MEANS).get(name, name).replace(", data ", ",\ndata ").replace(" (", "\n("), cells, best)
+    heading = printable((SHORT | MEANS).get(name, name))
+    return Column(heading.replace(", data ", ",\ndata ").replace(" (", "\n("), cells, best)
 
 
 def _split(lines: Sequence[Line], columns: Sequence[Column], width: int) -> list[list[Column]]:
@@ -106,12 +109,12 @@ def _filled(columns: Sequence[Column], room: int) -> list[list[Column]]:
 def _label(lines: Sequence[Line], width: int) -> int:
     """Letters to a line of a method's name, at least: no word is broken that half the width can hold."""
     names = [_name(line) for line in lines]
-    word, longest = max(len(word) for name in names for word in name.split()), max(map(len, names))
+    word, longest = max((len(word) for name in names for word in name.split()), default=0), max(map(len, names))
     return min(max(word, min(longest, LABEL)), width // 2)
 
 
 def _name(line: Line) -> str:
-    return line.label if line.ours else f"{line.label}, published"
+    return printable(line.label if line.ours else f"{line.label}, published")
 
 
 def _table(lines: Sequence[Line], columns: Sequence[Column], width: int) -> Any:

@@ -95,10 +95,9 @@ def _whole(
     if facts["repeated"]:
         told = f"{facts['repeated']:,} of {len(texts):,} texts left out: they occur earlier"
         print(told + (", or among those to test on" if tests else ""))
-    facts |= {"digest": texts.digest(labels)}
-    facts |= {"test_digest": tests["test"].digest(labels)} if tests else {}
-    parts = split(kept, tests.get("test"), config.train_size, config.split_seed, labels)
-    return TextData(task, labels, {**parts, **tests}, metric, source, facts)
+    splits = {**split(kept, tests.get("test"), config.train_size, config.split_seed, labels), **tests}
+    facts |= {"digest": texts.digest(labels), "test_digest": splits["test"].digest(labels)}
+    return TextData(task, labels, splits, metric, source, facts)
 
 
 def _classes_only(config: Classification, name: str) -> str:
