@@ -213,6 +213,16 @@ def test_an_exif_turned_image_is_set_upright(class_folders):
     assert pixels[-8:].mean() > 200
 
 
+def test_a_folder_is_told_from_others_of_its_name_and_is_the_same_wherever_it_lies(class_folders, tmp_path_factory):
+    known = open_task("", class_folders).facts
+    moved = open_task("", shutil.copytree(class_folders, tmp_path_factory.mktemp("elsewhere") / "photos")).facts
+    assert (moved["digest"], moved["test_digest"]) == (known["digest"], known["test_digest"])
+    one = next((class_folders / "cat").glob("*"))
+    Image.new("RGB", (33, 17)).save(one)
+    other = open_task("", class_folders).facts
+    assert other["digest"] != known["digest"]
+
+
 def test_images_are_read_as_a_package_reads_them(class_folders):
     """Transparency on white, 16-bit grey scaled: else a run would be trained on other pixels than it is used on."""
     clear = Image.new("RGBA", (40, 20), (0, 0, 0, 0))

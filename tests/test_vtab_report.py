@@ -704,6 +704,26 @@ def test_one_file_is_one_task_wherever_it_lies_and_its_older_runs_too(tmp_path):
     assert {task for row in rows_of(tmp_path)[0] for task in row.cells} == {"train"}
 
 
+def test_one_file_is_one_row_wherever_it_lies(tmp_path):
+    for seed, place in enumerate(("/home/a", "/home/b")):
+        config = {"data": f"{place}/films.csv", "contents": f"films.csv {seed}"}
+        fake_texts(tmp_path, "films", 600 + 100 * seed, seed, config=config, data={"digest": "d1", "test_digest": "t1"})
+    (row,) = rows_of(tmp_path)[0]
+    assert (row.cells["films"].mean, len(row.runs)) == (65.0, 2)
+    fake_texts(tmp_path, "films", 900, 2, config=config, data={"digest": "d1", "test_digest": "t2"})
+    assert {row.label.rpartition(", ")[2]: row.cells["films"].mean for row in rows_of(tmp_path)[0]} == {
+        "test data t1": 65.0, "test data t2": 90.0,
+    }  # fmt: skip
+
+
+def test_two_folders_of_images_of_one_name_are_two_tasks(tmp_path):
+    for seed, (place, correct) in enumerate((("a", 900), ("b", 300))):
+        data = {"digest": f"{seed}{seed}", "test_digest": "t"}
+        fake(tmp_path, "photos", correct, seed, config={"data_root": f"{place}/photos"}, data=data)
+    (row,) = rows_of(tmp_path)[0]
+    assert {task: cell.mean for task, cell in row.cells.items()} == {"photos in a": 90.0, "photos in b": 30.0}
+
+
 @pytest.mark.parametrize("name", ["all", "natural", "groups"])
 def test_a_folder_that_is_called_like_a_mean_keeps_its_figure(name, tmp_path, capsys):
     fake(tmp_path, "dtd", 500)

@@ -13,7 +13,7 @@ from typing import Any
 from filelock import FileLock
 
 from vtab.data import IMAGES, Data, file_split, inside
-from vtab.textfile import read_json, write
+from vtab.textfile import digest, read_json, write
 
 FILE = "capavision_split.json"
 SMALLEST = 5
@@ -38,7 +38,15 @@ def open_folder(root: Path, name: str = "", seed: int = 0, split_file: Path | No
         print(
             f"{unlisted} images of {root} are not in {path.name}, which was drawn before them; delete it to draw anew"
         )
-    facts = {"generated": False, "variant": "files", "split_file": path.name, "images_outside_split": unlisted}
+    sized = {part: [(name, (root / name).stat().st_size) for name in sorted(names)] for part, names in split.items()}
+    facts = {
+        "generated": False,
+        "variant": "files",
+        "split_file": path.name,
+        "images_outside_split": unlisted,
+        "digest": digest(sorted([*sized["trainval"], *sized["test"]])),
+        "test_digest": digest(sized["test"]),
+    }
     return Data(name or root.resolve().name, classes, splits, f"class folders in {root.resolve().name}", facts)
 
 

@@ -16,6 +16,7 @@ from vtab.lists import LENGTHS
 from vtab.tasks import TASKS
 
 ACCURACY = "accuracy"
+FILES = {"data", "train", "dev", "test_data", "contents"}  # where data lay, and what lay there
 ELSEWHERE = {"task", "method", "seed", "out", "name", "device", "data_root", "split_file"}  # no setting of the training
 
 
@@ -89,8 +90,8 @@ class Run:
 
     @property
     def file(self) -> Path:
-        """Which holds that data, as the command gave it."""
-        return Path(str(self.config.get("train") or self.config.get("data") or ""))
+        """File or folder that holds that data, as the command gave it."""
+        return Path(next((str(named) for key in ("train", "data", "data_root") if (named := self.config.get(key))), ""))
 
     @property
     def seed(self) -> int:
@@ -171,6 +172,9 @@ class Run:
         usual = {f.name: f.default for f in dataclasses.fields(Config) if f.default is not dataclasses.MISSING}
         flat = {key: value for key, value in (usual | self.config).items() if key not in ELSEWHERE}
         flat |= {f"method.{key}": value for key, value in self.config["method"].items()}
+        if self.digest:  # says more than where the data lay
+            flat = {key: value for key, value in flat.items() if key not in FILES}
+            flat["test data"] = str(self.result["data"].get("test_digest"))[:6]
         tried: dict[str, set[str]] = defaultdict(set)
         for trial in (self.result.get("tuning") or {}).get("trials", []):  # each run may have chosen another of these
             for key, value in trial["settings"].items():

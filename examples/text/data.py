@@ -4,14 +4,14 @@ Texts that come in one piece are deduplicated and split once, by --split-seed al
 the same test texts.
 """
 
-import hashlib
-import json
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from vtab.textfile import digest
 
 VAL = 200  # as VTAB-1k: 800 to train on, 200 to choose by
 USUAL = 1000
@@ -83,18 +83,6 @@ def plain(text: str) -> str:
     'a warm film'
     """
     return " ".join(text.split()).casefold()
-
-
-def digest(rows: Iterable[object]) -> str:
-    """16 hex digits that tell the rows, which JSON can write, from others.
-
-    >>> digest([("a warm film", 1)])
-    '2317b9f0063cb309'
-    """
-    found = hashlib.sha256()
-    for row in rows:
-        found.update(json.dumps(row).encode() + b"\n")
-    return found.hexdigest()[:16]
 
 
 def unique(texts: Texts, besides: Sequence[Texts] = ()) -> tuple[Texts, dict[str, int]]:

@@ -14,9 +14,9 @@ from typing import Any
 
 from capavision.hub import asked_once
 from capavision.targets import near
-from examples.text.data import digest
 from examples.text.questions import Answer, Question, Squad
 from export.squad import Entry, checked, entries, field, opened
+from vtab.textfile import digest
 
 HUB = {"squad": "rajpurkar/squad", "squad_v2": "rajpurkar/squad_v2"}
 
