@@ -75,7 +75,7 @@ def read(path: Path, pair: bool) -> list[Text]:
         content = path.read_text("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is no text in UTF-8 ({error}); convert it first") from error
-    lines = content.removesuffix("\n").split("\n")
+    lines = content.rstrip("\r\n").split("\n")
     if not content.strip():
         raise ValueError(f"{path} is empty; it must hold a text a line")
     rows = [line.removesuffix("\r").split("\t") if pair else [line.removesuffix("\r")] for line in lines]

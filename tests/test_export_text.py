@@ -334,6 +334,8 @@ def test_a_file_has_a_text_a_line(merged, tmp_path, capsys):
     file.write_bytes("\ufeffthe plot is thin .\r\nno\tno\r\n".encode())
     found = predict.main([str(package), "--file", str(file), "--top", "1"])
     assert found == Classifier(package).predict(["the plot is thin .", "no\tno"], top=1)
+    file.write_bytes(b"the plot is thin .\nno\tno\n\n\r\n")  # as some editors end a file
+    assert predict.main([str(package), "--file", str(file), "--top", "1"]) == found
     for content, message in {
         b"no\n\nno\n": "line 2 is empty",
         b"no\n \t\n": "line 2 is empty",

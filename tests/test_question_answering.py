@@ -242,6 +242,9 @@ def test_the_intervals_hold_the_means_and_shrink_with_more_questions():
         assert high - low == pytest.approx(100 * 2 * 1.96 * f1.std() / math.sqrt(count), rel=0.1)
         widths.append(high - low)
     assert widths[0] > 5 * widths[1]
+    sure = answers.Scores(np.ones(40, bool), np.ones(40), np.ones(40, bool))
+    assert sure.f1_interval() == sure.matches.interval
+    assert sure.f1_interval()[0] < 92
 
 
 def test_the_best_threshold_is_that_of_trying_every_one():

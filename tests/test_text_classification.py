@@ -310,6 +310,24 @@ def test_a_finished_run_is_not_trained_again_and_other_settings_are_refused(fini
     assert "holds a run with branches 2 instead of 1, density 0.5 instead of 1.0, max_length 16 instead of 8" in said
 
 
+def test_a_number_is_learned_from_the_mean_of_its_labels(command, tmp_path):
+    argv = [*command, "--label-column", "stars", "--metric", "pearson+spearman", "--epochs", "1", "--lr", "1e-9"]
+    run(argv, tmp_path, "--name", "a")
+    header, *rows = predictions_of(tmp_path / "a")
+    labels, said = (np.array([float(row[header.index(name)]) for row in rows]) for name in ("label", "predicted"))
+    assert abs(said.mean() - labels.mean()) < 1  # 2.5 from 0
+
+
+def test_labels_that_contradict_each_other_are_told(command, tmp_path, capsys):
+    own = tmp_path / "own.csv"
+    lines = (reviews := write_csv(own)).read_text().splitlines()
+    twin = lines[1].removesuffix("good").removesuffix("bad") + ("bad" if lines[1].endswith("good") else "good")
+    reviews.write_text("\n".join([*lines, twin, lines[2]]) + "\n")
+    run([*command, "--data", str(own), "--epochs", "1"], tmp_path / "runs", "--name", "a")
+    said = capsys.readouterr().out
+    assert "2 of 302 texts left out: they occur earlier; 1 of them with another label, and the first one counts" in said
+
+
 def test_a_run_on_a_file_that_changed_is_another_one(command, tmp_path, capsys):
     own = tmp_path / "own.csv"
     shutil.copyfile(command[command.index("--data") + 1], own)

@@ -724,6 +724,15 @@ def test_two_folders_of_images_of_one_name_are_two_tasks(tmp_path):
     assert {task: cell.mean for task, cell in row.cells.items()} == {"photos in a": 90.0, "photos in b": 30.0}
 
 
+@pytest.mark.parametrize("key", ["task", "data", "train"])
+def test_an_unfinished_run_is_told_whatever_it_trains_on(key, tmp_path):
+    fake(tmp_path, "photos", 600)
+    (tmp_path / "begun").mkdir()
+    (tmp_path / "begun" / "config.json").write_text(json.dumps({key: "mine", "method": {"name": "lora"}}))
+    (problem,) = rows_of(tmp_path)[1]
+    assert "unfinished, 0 epochs done" in problem.text
+
+
 @pytest.mark.parametrize("name", ["all", "natural", "groups"])
 def test_a_folder_that_is_called_like_a_mean_keeps_its_figure(name, tmp_path, capsys):
     fake(tmp_path, "dtd", 500)

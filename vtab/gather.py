@@ -113,7 +113,8 @@ def _ours(path: Path) -> bool:
         config = read_json(path)
     except ValueError:
         return any((path.parent / name).exists() for name in ("metrics.jsonl", "checkpoint.safetensors", ".lock"))
-    return isinstance(config, dict) and isinstance(config.get("method"), dict) and "task" in config
+    ours = isinstance(config, dict) and isinstance(config.get("method"), dict)
+    return ours and any(key in config for key in ("task", "data", "train"))
 
 
 def _read(folder: Path) -> tuple[Run, list[Problem]]:

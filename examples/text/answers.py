@@ -83,8 +83,11 @@ class Scores:
 
     def f1_interval(self) -> tuple[float, float]:
         """95 % of bootstrapped means, in percent. Questions count as independent, though those of a paragraph are
-        alike, so that the true one is somewhat wider; so it is with Wilson's."""
+        alike, so that the true one is somewhat wider; so it is with Wilson's, which stands where all are right, or all
+        wrong: no resample of these says anything else."""
         rng, n = np.random.default_rng(0), len(self.f1)
+        if np.ptp(self.f1) == 0:
+            return Accuracy(round(n * float(self.f1[0])), n).interval
         means = [self.f1[rng.integers(n, size=n)].mean() for _ in range(RESAMPLES)]
         low, high = np.percentile(means, [2.5, 97.5])
         return 100 * float(low), 100 * float(high)

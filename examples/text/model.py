@@ -97,6 +97,6 @@ def try_batch(model: nn.Module, example: Mapping[str, Tensor], name: str) -> Non
         with torch.inference_mode():
             model.eval()(**example)
     except (RuntimeError, IndexError, ValueError) as error:
-        tokens = example["input_ids"].shape[1]
-        told = " ".join(str(error).split())[:120]
+        tokens, known = example["input_ids"].shape[1], getattr(model.config, "max_position_embeddings", None)
+        told = f"it has {known} positions" if known and tokens > known - 3 else first_line(error)[:120]
         raise ValueError(f"{name} cannot take texts of {tokens} tokens ({told}); lower --max-length") from error

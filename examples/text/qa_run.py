@@ -78,6 +78,8 @@ def train(config: QuestionAnswering, folder: Path) -> dict[str, Any]:
         print(f"{lost:,} of them are left out: no window holds the whole answer")
     if questions.answerable == len(questions) and setup.judged[0].answerable < len(setup.judged[0]):
         print("all of them have an answer, unlike those to be judged by: nothing teaches to give none")
+    if shared := setup.facts["judged_contexts_in_training"]:
+        print(f"{shared} of the {len(setup.judged[0].contexts)} contexts that judge it are trained on: no fair test")
     encoded, labels = qa_loop.encode(rows, adapted.tokenizer, adapted.device)
     history = qa_loop.SpanLoop(adapted.model, encoded, labels, config).fit(folder, watcher(setup))
     adapted.save(folder, setup.facts["source"])
@@ -221,7 +223,5 @@ def tell(setup: QuestionSetup, result: dict[str, Any], scores: answers.Scores) -
         f"{result['task']} ({setup.facts['source']}): {result['split']} exact match {scores.matches}, "
         f"F1 {result['score']:.1f} ({low:.1f} … {high:.1f}), {setup.adapted.report.trained:,} trained values"
     )
-    if shared := setup.facts["judged_contexts_in_training"]:
-        print(f"{shared} of the {len(setup.judged[0].contexts)} contexts asked about were trained on")
     if setup.config.stage == "tune" and (best := result["null_threshold"]):
         print(f"best F1 on these questions, {best['best_f1']:.1f}: --null-threshold {best['best_f1_thresh']:.4g}")

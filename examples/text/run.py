@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import capavision as cv
 from examples.text import metrics, sources, tables
@@ -87,7 +87,17 @@ def prepare(config: Classification, folder: Path) -> TextSetup:
     }
     tokenizer = load_tokenizer(config.model)
     some = encode(tokenizer, data.splits["train"].head(256), config.max_length, torch.device("cpu"))
-    return TextSetup(config, data, adapt(config, text, tokenizer, some, folder))
+    adapted = adapt(config, text, tokenizer, some, folder)
+    if data.labels is None:
+        start_at(adapted.model, float(data.splits["train"].labels.mean()))
+    return TextSetup(config, data, adapted)
+
+
+def start_at(model: nn.Module, mean: float) -> None:
+    """Let a head that answers with a number start at the labels' mean, to which it would have to climb from 0."""
+    heads = [layer for layer in model.modules() if isinstance(layer, nn.Linear) and layer.out_features == 1]
+    if heads and heads[-1].bias is not None:
+        nn.init.constant_(heads[-1].bias, mean)
 
 
 def watcher(setup: TextSetup) -> Any:

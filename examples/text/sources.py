@@ -94,7 +94,9 @@ def _whole(
     kept, facts = unique(texts, list(tests.values()))
     if facts["repeated"]:
         told = f"{facts['repeated']:,} of {len(texts):,} texts left out: they occur earlier"
-        print(told + (", or among those to test on" if tests else ""))
+        told += ", or among those to test on" if tests else ""
+        other = facts["repeated_with_another_label"]
+        print(told + (f"; {other:,} of them with another label, and the first one counts" if other else ""))
     splits = {**split(kept, tests.get("test"), config.train_size, config.split_seed, labels), **tests}
     facts |= {"digest": texts.digest(labels), "test_digest": splits["test"].digest(labels)}
     return TextData(task, labels, splits, metric, source, facts)
